@@ -1,0 +1,39 @@
+# `make demo` and `make test` need Python 3.11, gcc and CMake; everything else comes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+NATIVE := src/tersenet/_terse.so
+
+.PHONY: demo test check bench clean
+
+demo: .venv/demo $(NATIVE)
+	$(BIN)/python examples/digits.py
+
+test: .venv/test $(NATIVE)
+	$(BIN)/python -m pytest
+
+check: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A table of bench/, run by hand: make bench NAME=codecs
+bench: .venv/bench $(NATIVE)
+	$(BIN)/python bench/$(NAME).py
+
+# torch goes first and by its exact version, so that nothing pulls another build.
+.venv/pip: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) torch==2.13.0
+	touch $@
+
+.venv/%: .venv/pip pyproject.toml
+	$(INSTALL) --editable ".[$*]"
+	touch $@
+
+$(NATIVE): native/*.c native/*.h CMakeLists.txt .venv/pip
+	cmake -S . -B build/make -DSKBUILD_STATE=editable -DCMAKE_BUILD_TYPE=Release > build.log && cmake --build build/make >> build.log || (cat build.log; exit 1)
+	@rm -f build.log && touch $@
+
+clean:
+	rm -rf .venv build $(NATIVE)

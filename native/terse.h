@@ -1,0 +1,72 @@
+/* The C core of tersenet: integer streams to bytes and back.
+ *
+ * Plain C11, no allocation that outlives a call, no global state. The caller owns every buffer. A function returns a
+ * count (bytes written, symbols decoded) or a negative TERSE_E... code; it never reads or writes outside the lengths
+ * that it was given, whatever the bytes hold. Each function has a NumPy twin in src/tersenet/codecs that makes the same
+ * bytes. The decoders alone need nothing but <stdint.h> and <string.h> and build for a device without malloc.
+ */
+#ifndef TERSE_H
+#define TERSE_H
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define TERSE_API __declspec(dllexport)
+#else
+#define TERSE_API __attribute__((visibility("default")))
+#endif
+
+#define TERSE_ERANGE -1  /* the output buffer is too small */
+#define TERSE_EDATA -2   /* the stream is damaged: it ends early, is too long, or says what cannot be */
+#define TERSE_EARGUMENT -3
+
+/* What this build and this machine can run: bit 0 AVX2, bit 1 AVX-512. */
+TERSE_API int32_t terse_simd(void);
+
+/* bits.py: n integers of `width` (0..64) bits, least significant bit first. */
+TERSE_API int64_t terse_bits_encode(const uint64_t *in, int64_t n, int32_t width, uint8_t *out, int64_t capacity);
+TERSE_API int64_t terse_bits_decode(const uint8_t *in, int64_t length, int64_t n, int32_t width, uint64_t *out);
+
+/* bits.py: n digits 0..2, five to a byte: byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4. */
+TERSE_API int64_t terse_trits_encode(const uint8_t *in, int64_t n, uint8_t *out, int64_t capacity);
+TERSE_API int64_t terse_trits_decode(const uint8_t *in, int64_t length, int64_t n, uint8_t *out);
+
+/* filters.py: positions of the non-zeros of n integers as gaps 0..limit-1, `limit` meaning "limit zeros and go on". */
+TERSE_API int64_t terse_gaps_encode(const int32_t *in, int64_t n, int32_t limit, int32_t *out, int64_t capacity);
+TERSE_API int64_t terse_gaps_decode(const int32_t *in, int64_t count, int32_t limit, int64_t *positions, int64_t capacity,
+                                    int64_t n);
+
+/* filters.py: runs of zeros in bijective base 2 (symbols 0 and 1), a non-zero v as v + 1. */
+TERSE_API int64_t terse_runs_encode(const int32_t *in, int64_t n, int32_t *out, int64_t capacity);
+TERSE_API int64_t terse_runs_decode(const int32_t *in, int64_t count, int32_t *out, int64_t n);
+
+/* huffman.py: symbols through a canonical code; codes are bit-reversed so that the stream is read from bit 0. */
+TERSE_API int64_t terse_huffman_encode(const int32_t *in, int64_t n, const uint32_t *codes, const uint8_t *lengths,
+                                       uint8_t *out, int64_t capacity);
+TERSE_API int64_t terse_huffman_decode(const uint8_t *in, int64_t length, const uint32_t *codes, const uint8_t *lengths,
+                                       int32_t symbols, int32_t *out, int64_t n);
+
+/* rans.py: static range asymmetric numeral systems, `lanes` (1..32) interleaved 32-bit states, 16-bit words, 12-bit
+ * frequencies. Decodes bytes; simd 0 is the portable path, 1 AVX2, 2 AVX-512. */
+TERSE_API int64_t terse_rans_encode(const uint8_t *in, int64_t n, const uint16_t *frequency, int32_t lanes, uint8_t *out,
+                                    int64_t capacity);
+TERSE_API int64_t terse_rans_decode(const uint8_t *in, int64_t length, const uint16_t *frequency, int32_t lanes,
+                                    int32_t simd, uint8_t *out, int64_t n);
+
+/* context.py: adaptive binary arithmetic coding of a matrix of integers. */
+typedef struct {
+    int64_t rows, columns;
+    int32_t low, high;             /* every value lies in low..high; low <= 0 <= high */
+    int32_t fast, slow;            /* adaptation limits: rates end at 2^-fast and 2^-slow */
+    int32_t blend;                 /* weight of the column's mean magnitude, 0..16; the row's has 16 - blend */
+    int32_t memory;                /* the row's mean forgets with 2^-memory, the column's with 2^-settle */
+    int32_t settle;
+    const uint8_t *level;          /* [4096]: predicted magnitude in 1/256 -> context 0..23 */
+    const uint16_t *prior;         /* [24][2]: first probabilities of "significant" and "greater" */
+    const uint16_t *rate;          /* [256]: adaptation rate in 1/65536 after so many symbols */
+} terse_model;
+
+TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint8_t *out, int64_t capacity,
+                                       int32_t *work);
+TERSE_API int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *model, int32_t *out,
+                                       int32_t *work);
+#endif

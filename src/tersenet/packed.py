@@ -1,0 +1,363 @@
+"""What a compressed weight is: a small tree of arrays, the waist between what decides and what stores.
+
+Integer arrays are structure: the file entropy-codes them. Float arrays are parameters: they are trained, rounded, or
+rewritten by the next method. A bare float array is a legal tree. Every node rebuilds its dense weight with `unpack`,
+from the same lines for NumPy and for torch, so gradients reach each float leaf. Nothing here knows of bytes or of
+training, and torch is never imported: its functions are found through the tensors that a tree holds.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that has its shape and dtype
+Tree: TypeAlias = "Packed | Array"
+
+DEEPEST = 3
+_HALVES = 2.0 ** (np.arange(-128, 128) / 2)
+
+
+def namespace(array: Array) -> ModuleType:
+    """torch for its tensors, NumPy for everything else; the functions used here have the same names in both."""
+    return sys.modules["torch"] if type(array).__module__.startswith("torch") else np
+
+
+def half_powers(exponents: Array) -> Array:
+    """2^(e/2) in float32 for int8 exponents: the grid on which step ids are sent."""
+    xp = namespace(exponents)
+    return xp.asarray(_HALVES.astype(np.float32))[xp.asarray(exponents, dtype=xp.int64) + 128]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A node: its fields are integer arrays, float arrays, child trees, numbers, texts, or tuples of these."""
+
+    def unpack(self) -> Array:
+        """The dense float array, in NumPy or torch as the fields are."""
+        raise TypeError(f"{type(self).__name__} does not say how to unpack")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that `unpack` gives, known without unpacking."""
+        raise TypeError(f"{type(self).__name__} does not say its shape")
+
+    def check(self) -> None:
+        """Raises ValueError unless shapes and types fit together; looks at no value, so promises will do."""
+
+    def check_values(self) -> None:
+        """Raises ValueError unless the integers point only at what is there."""
+
+    def __str__(self) -> str:
+        return "\n".join(tree_lines("weight", self, lambda path, array: array.nbytes))
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform(Packed):
+    """(q + zero) * scale * 2^(steps/2): levels of one step size, by group and, where `steps` are given, by row or column.
+
+    `scale`, `zero` and each of `steps` (int8 exponents) broadcast against `q`; waterfilled quantization (Lifar et al.
+    2026) sends its column steps this way, or as channel times frequency.
+    """
+
+    q: Array
+    scale: Tree
+    zero: Array = None
+    steps: tuple[Array, ...] = ()
+
+    def unpack(self) -> Array:
+        scale = unpack(self.scale)
+        xp = namespace(scale)
+        levels = xp.asarray(self.q, dtype=xp.float32)
+        if self.zero is not None:
+            levels = levels + xp.asarray(self.zero, dtype=xp.float32)
+        for exponents in self.steps:
+            scale = scale * half_powers(exponents)
+        return levels * scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.q.shape)
+
+    def check(self) -> None:
+        _require(is_integer(self.q), "levels are integers")
+        _require(isinstance(self.steps, tuple), "steps are a tuple")
+        for part in [self.scale, *([] if self.zero is None else [self.zero]), *self.steps]:
+            _require(_broadcasts(part.shape, self.q.shape), "scale, zero and steps broadcast against the levels")
+        _require(self.zero is None or is_integer(self.zero), "zero is an integer")
+        _require(all(np.dtype(str(s.dtype)) == np.int8 for s in self.steps if _is_numpy(s)), "steps are int8")
+        _require(is_float_tree(self.scale), "scale is a float")
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook(Packed):
+    """codewords[index]: k shared values (d = 1) or vectors of d neighbours along the last axis (product quantization)."""
+
+    index: Array
+    codewords: Tree  # [k, d]
+
+    def unpack(self) -> Array:
+        codewords = unpack(self.codewords)
+        xp = namespace(codewords)
+        return codewords[xp.asarray(self.index, dtype=xp.int64)].reshape(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *head, last = self.index.shape
+        return (*head, last * self.codewords.shape[1])
+
+    def check(self) -> None:
+        _require(is_integer(self.index) and len(self.index.shape) >= 1, "index is an array of integers")
+        _require(is_float_tree(self.codewords) and len(self.codewords.shape) == 2, "codewords are [k, d]")
+
+    def check_values(self) -> None:
+        index = np.asarray(self.index)
+        _require(index.size == 0 or 0 <= int(index.min()), "an index is below 0")
+        _require(index.size == 0 or int(index.max()) < self.codewords.shape[0], "an index is past the codewords")
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse(Packed):
+    """`values` where `mask` is set, in C order, and exact zeros elsewhere."""
+
+    mask: Array  # bool
+    values: Tree  # [number of ones]
+
+    def unpack(self) -> Array:
+        values = unpack(self.values)
+        xp = namespace(values)
+        mask = xp.asarray(self.mask)
+        dense = xp.zeros(tuple(mask.shape), dtype=values.dtype)
+        dense[mask] = values
+        return dense
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.mask.shape)
+
+    def check(self) -> None:
+        _require(str(self.mask.dtype).endswith("bool"), "a mask is boolean")
+        _require(is_float_tree(self.values) and len(self.values.shape) == 1, "values are a float vector")
+
+    def check_values(self) -> None:
+        _require(int(np.count_nonzero(np.asarray(self.mask))) == self.values.shape[0], "mask and values do not match")
+
+
+@dataclass(frozen=True, eq=False)
+class Sliced(Packed):
+    """A child that keeps only some places of one axis (channels, neurons); the others are zero."""
+
+    kept: Array  # ascending integers
+    child: Tree
+    axis: int
+    size: int
+
+    def unpack(self) -> Array:
+        child = unpack(self.child)
+        xp = namespace(child)
+        dense = xp.zeros(self.shape, dtype=child.dtype)
+        dense[(slice(None),) * self.axis + (xp.asarray(self.kept, dtype=xp.int64),)] = child
+        return dense
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.child.shape)
+        shape[self.axis] = self.size
+        return tuple(shape)
+
+    def check(self) -> None:
+        _require(isinstance(self.axis, int) and isinstance(self.size, int), "axis and size are numbers")
+        _require(is_float_tree(self.child) and 0 <= self.axis < len(self.child.shape), "the axis is one of the child's")
+        _require(is_integer(self.kept) and len(self.kept.shape) == 1, "kept is a vector of integers")
+        _require(self.kept.shape[0] == self.child.shape[self.axis] <= self.size, "kept has the child's length")
+
+    def check_values(self) -> None:
+        kept = np.asarray(self.kept).astype(np.int64)
+        _require(not kept.size or (kept[0] >= 0 and kept[-1] < self.size), "a kept place is outside")
+        _require(bool((np.diff(kept) > 0).all()), "kept places ascend")
+
+
+@dataclass(frozen=True, eq=False)
+class Factored(Packed):
+    """An einsum of factors, reshaped: SVD "or,ri->oi", CP, Tucker-2 and tensor trains differ in the equation alone."""
+
+    equation: str
+    factors: tuple[Tree, ...]
+    size: tuple[int, ...]
+
+    def unpack(self) -> Array:
+        factors = [unpack(factor) for factor in self.factors]
+        return namespace(factors[0]).einsum(self.equation, *factors).reshape(self.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.size)
+
+    def check(self) -> None:
+        _require(isinstance(self.equation, str) and len(self.equation) <= 128, "the equation is a short text")
+        _require(isinstance(self.factors, tuple) and 1 <= len(self.factors) <= 8, "there are 1 to 8 factors")
+        _require(isinstance(self.size, tuple) and all(isinstance(n, int) and n >= 0 for n in self.size), "size is a shape")
+        left, arrow, right = self.equation.partition("->")
+        terms, extent = left.split(","), dict[str, int]()
+        letters = left.replace(",", "") + right
+        _require(arrow == "->" and letters.isascii() and (letters.isalpha() or not letters), "the equation has letters only")
+        _require(len(terms) == len(self.factors), "each factor has its term")
+        for term, factor in zip(terms, self.factors, strict=True):
+            _require(is_float_tree(factor) and len(term) == len(factor.shape), "a term has a letter for each axis")
+            for letter, n in zip(term, factor.shape, strict=True):
+                _require(extent.setdefault(letter, n) == n, "a letter has one extent")
+        _require(len(set(right)) == len(right) and set(right) <= set(extent), "the result's letters are known")
+        _require(math.prod(extent[c] for c in right) == math.prod(self.size), "the result fills the shape")
+
+
+@dataclass(frozen=True, eq=False)
+class Transformed(Packed):
+    """Coefficients of an orthonormal two-dimensional DCT-II over the last two axes (the kernel of a convolution)."""
+
+    coefficients: Tree
+
+    def unpack(self) -> Array:
+        coefficients = unpack(self.coefficients)
+        xp = namespace(coefficients)
+        rows, columns = (xp.asarray(dct(n).astype(np.float32)) for n in self.shape[-2:])
+        return rows.T @ coefficients @ columns
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.coefficients.shape)
+
+    def check(self) -> None:
+        _require(is_float_tree(self.coefficients) and len(self.shape) >= 2, "coefficients have two axes or more")
+        _require(max(self.shape[-2:]) <= 64, "a transformed block is at most 64 x 64")
+
+
+# The order is part of the file format: only ever append.
+NODES: dict[str, type[Packed]] = {
+    node.__name__: node for node in (Uniform, Codebook, Sparse, Sliced, Factored, Transformed)
+}
+
+
+def dct(n: int) -> Array:
+    """The orthonormal DCT-II matrix [n, n] in float64: coefficients = dct(n) @ samples."""
+    k, i = np.arange(n)[:, None], np.arange(n)[None]
+    matrix = np.sqrt(2 / max(n, 1)) * np.cos(np.pi * k * (2 * i + 1) / (2 * max(n, 1)))
+    matrix[:1] /= np.sqrt(2)
+    return matrix
+
+
+def unpack(tree: Tree) -> Array:
+    """The dense array of a node, or the bare array itself."""
+    return tree.unpack() if isinstance(tree, Packed) else tree
+
+
+def children(tree: Tree) -> Iterator[tuple[str, Tree]]:
+    """The arrays and nodes directly under a node, with their field names (`steps.0` for a tuple's first)."""
+    if not isinstance(tree, Packed):
+        return
+    for field in fields(tree):
+        value = getattr(tree, field.name)
+        if isinstance(value, tuple):
+            yield from ((f"{field.name}.{i}", v) for i, v in enumerate(value) if hasattr(v, "shape"))
+        elif hasattr(value, "shape"):
+            yield field.name, value
+
+
+def arrays(tree: Tree, path: str = "") -> Iterator[tuple[str, Array]]:
+    """Every array of a tree with its path, depth first; a bare array has the path ""."""
+    if not isinstance(tree, Packed):
+        yield path, tree
+    for name, child in children(tree):
+        yield from arrays(child, f"{path}.{name}" if path else name)
+
+
+def map_arrays(tree: Tree, change: Callable[[str, Array], Array], path: str = "") -> Tree:
+    """The same tree with `change(path, array)` in place of every array."""
+    if not isinstance(tree, Packed):
+        return change(path, tree) if hasattr(tree, "shape") else tree
+    changed: dict[str, Any] = {}
+    for field in fields(tree):
+        value, below = getattr(tree, field.name), f"{path}.{field.name}" if path else field.name
+        if isinstance(value, tuple):
+            changed[field.name] = tuple(map_arrays(v, change, f"{below}.{i}") for i, v in enumerate(value))
+        else:
+            changed[field.name] = map_arrays(value, change, below)
+    return replace(tree, **changed)
+
+
+def float_leaves(tree: Tree) -> dict[str, Array]:
+    """The trainable leaves by path."""
+    return {path: array for path, array in arrays(tree) if not is_integer(array)}
+
+
+def depth(tree: Tree) -> int:
+    """How many nodes lie on the longest way from the root to an array."""
+    return 1 + max((depth(child) for _, child in children(tree)), default=0) if isinstance(tree, Packed) else 0
+
+
+def check_tree(tree: Tree) -> None:
+    """Raises ValueError unless every node's parts fit together and the tree is at most three nodes deep."""
+    _require(depth(tree) <= DEEPEST, f"a tree is at most {DEEPEST} nodes deep")
+    for _, child in children(tree):
+        check_tree(child)
+    if isinstance(tree, Packed):
+        tree.check()
+
+
+def check_tree_values(tree: Tree) -> None:
+    for _, child in children(tree):
+        check_tree_values(child)
+    if isinstance(tree, Packed):
+        tree.check_values()
+
+
+def is_integer(array: Array) -> bool:
+    return not isinstance(array, Packed) and not ("float" in str(array.dtype))
+
+
+def is_float_tree(tree: Tree) -> bool:
+    return isinstance(tree, Packed) or (hasattr(tree, "dtype") and "float" in str(tree.dtype))
+
+
+def narrowed(integers: Array) -> Array:
+    """NumPy integers in the smallest type that holds them all."""
+    low, high = (int(integers.min()), int(integers.max())) if integers.size else (0, 0)
+    return integers.astype(np.promote_types(np.min_scalar_type(low), np.min_scalar_type(high)))
+
+
+def tree_lines(name: str, tree: Tree, size_of: Callable[[str, Array], int]) -> list[str]:
+    """A table of a tree: name, kind, type and shape, bytes, share of the whole, bits per weight of the whole."""
+    total = sum(size_of(path, array) for path, array in arrays(tree))
+    weights = max(1, math.prod(tree.shape))
+
+    def line(label: str, kind: str, size: int) -> str:
+        share, rate = size / max(total, 1), 8 * size / weights
+        return f"{label:<34} {kind:<28} {size:>10,} {share:>7.1%} {rate:>8.3f}"
+
+    def walk(label: str, tree: Tree, path: str, indent: str) -> Iterator[str]:
+        size = sum(size_of(f"{path}.{p}".strip("."), a) for p, a in arrays(tree))
+        shape = "x".join(map(str, tree.shape)) or "scalar"
+        kind = type(tree).__name__ if isinstance(tree, Packed) else str(tree.dtype).removeprefix("torch.")
+        yield line(indent + label, f"{kind} {shape}", size)
+        for below, child in children(tree):
+            yield from walk(below, child, f"{path}.{below}".strip("."), indent + "  ")
+
+    head = f"{'name':<34} {'kind':<28} {'bytes':>10} {'share':>7} {'bits/w':>8}"
+    return [head, *walk(name, tree, "", "")]
+
+
+def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(shape), reversed(against), strict=False)
+    return len(shape) <= len(against) and all(a in (1, b) for a, b in pairs)
+
+
+def _is_numpy(array: Array) -> bool:
+    return namespace(array) is np
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(rule)

@@ -1,0 +1,96 @@
+"""`compress`: run a recipe over a task or over bare arrays, keep to the budget, and prove the file by opening it again."""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tersenet.artifact import Artifact, Coding, load
+from tersenet.packed import Array
+from tersenet.recipe import Budget, Draft, PromiseBroken, Recipe, Result, artifact_of, cache_folder, run
+from tersenet.task import Task, one_thread
+
+
+def compress(
+    source: Task | Mapping[str, Array],
+    recipe: Recipe,
+    budget: Budget | None = None,
+    *,
+    coding: Coding | None = None,
+    folder: str | Path | None = None,
+) -> Result:
+    """Turn a task's model, or named arrays, into an `Artifact`, and measure it from the reopened file.
+
+    `folder` keeps the stages' results, so that a run that was stopped goes on (default: the user's cache folder).
+    Raises `PromiseBroken` where the budget is not met or the file is not smaller than its input, ValueError for input
+    that cannot be compressed. The task's model is left as it was.
+    """
+    begun = time.monotonic()
+    task = source if isinstance(source, Task) else None
+    draft = Draft.of_model(task.model) if task else Draft.of_arrays(source)  # type: ignore[arg-type]
+    original = dict(draft.tensors)
+    before = task.score(task.test) if task and task.test is not None else None
+    with one_thread():
+        draft = run(draft, task, recipe, Path(folder) if folder else cache_folder(), _log)
+        artifact = artifact_of(draft, coding, original)
+        data = artifact.to_bytes()
+        after = None
+        if task is not None and before is not None:
+            after = task.score(task.test, load(data).into(draft.model))
+        if task is not None:
+            artifact_of(replace(draft, tensors=original)).into(task.model)
+    result = Result(artifact, before, after, time.monotonic() - begun)
+    _keep_promise(result, budget, artifact)
+    return result
+
+
+def _keep_promise(result: Result, budget: Budget | None, artifact: Artifact) -> None:
+    weights = sum(row.weights for row in artifact.ledger())
+    if artifact.nbytes >= 4 * weights + 64 * len(artifact.tensors) + 64:
+        raise PromiseBroken(f"the file has {artifact.nbytes:,} bytes, no less than the {4 * weights:,} of its input")
+    if budget is None:
+        return
+    most = budget.bytes_for(weights)
+    if most is not None and artifact.nbytes > most:
+        raise PromiseBroken(
+            f"the file has {artifact.nbytes:,} bytes, the budget allows {most:,}: lower the recipe's density or bits"
+        )
+    if budget.drop is not None:
+        if result.after is None or result.before is None:
+            raise ValueError("a drop needs a task with test data to measure it on: give Task(test=...)")
+        if 100 * (result.before - result.after) > budget.drop:
+            raise PromiseBroken(
+                f"the metric fell from {result.before:.4f} to {result.after:.4f}, the budget allows {budget.drop} points:"
+                " raise the recipe's density or bits"
+            )
+
+
+def _log(text: str) -> None:
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        Console(stderr=True).print(text, style="dim", highlight=False)
+
+
+def verify(path: str | Path, against: Mapping[str, Array] | None = None, task: Task | None = None) -> dict[str, Any]:
+    """Open a file afresh, check every byte and claim, and measure it: {"bytes", "tensors", "errors", "metric"}.
+
+    Raises `FormatError` for a damaged file and `PromiseBroken` where an error or the metric is worse than the file says.
+    """
+    from tersenet.artifact import errors_against
+
+    artifact = load(path)
+    found: dict[str, Any] = {"bytes": artifact.nbytes, "tensors": len(artifact.tensors)}
+    if against is not None:
+        found["errors"] = errors_against(artifact, against)
+        for name, error in found["errors"].items():
+            claim = artifact.tensors[name].error
+            if claim is not None and error > claim * 1.002 + 1e-6:
+                raise PromiseBroken(f"{name}: the error is {error:.5f}, the file says {claim:.5f}")
+    if task is not None and task.test is not None:
+        found["metric"] = task.score(task.test, artifact.into(task.model))
+        if found["metric"] < artifact.meta.get("metric", 0) - 1e-6:
+            raise PromiseBroken(f"the metric is {found['metric']:.4f}, the file says {artifact.meta['metric']:.4f}")
+    return found

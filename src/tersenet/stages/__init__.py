@@ -1,0 +1,1 @@
+"""Stages: each takes a draft of the network to a better one."""

@@ -1,0 +1,110 @@
+"""Prune by magnitude, globally or by layer, in rounds with retraining (Han et al. 2015; Renda, Frankle, Carbin 2020).
+
+After each round the survivors are retrained: "finetune" at the schedule's last learning rate, "learning-rate" from the
+same weights with the schedule rewound by `epochs`, "weights" from the weights of that earlier epoch as well. The last
+epochs of the task's own schedule are replayed exactly; a schedule with fewer epochs is replayed whole.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tersenet.methods.sparse import kept_count, largest
+from tersenet.packed import Array, Packed, Sparse, Tree
+from tersenet.recipe import Draft, dense_array
+from tersenet.stages.finetune import tune
+from tersenet.task import Schedule, Task
+
+RETRAIN = ("learning-rate", "finetune", "weights", "none")
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Keep a density of the weights, reached geometrically in `rounds`, retraining after each.
+
+    `scope` is "global" (one threshold for all layers) or "layer". `layers` gives single layers their own density, by
+    name; with "global" these are pruned apart. `epochs` of retraining follow each round; `final` follow the last.
+    BatchNorm and biases are never pruned; the density hits its target to one weight.
+    """
+
+    density: float = 0.1
+    rounds: int = 5
+    epochs: int = 1
+    final: int | None = None
+    retrain: str = "learning-rate"
+    scope: str = "global"
+    layers: tuple[tuple[str, float], ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.retrain not in RETRAIN or self.scope not in ("global", "layer"):
+            raise ValueError(f"Prune takes retrain among {', '.join(RETRAIN)} and scope global or layer")
+        if not 0 < self.density <= 1 or self.rounds < 1:
+            raise ValueError("Prune takes a density in (0, 1] and at least one round")
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        names = draft.weights()
+        known = {name for name, _ in self.layers}
+        if missing := known - set(names):
+            raise ValueError(f"{sorted(missing)[0]}: no such weight to prune; there are {', '.join(names)}")
+        for number in range(1, self.rounds + 1):
+            part = number / self.rounds
+            draft = masked(draft, {n: d**part for n, d in self._densities(names).items()}, self.scope == "global", known)
+            if self.retrain != "none" and task is not None:
+                draft = self._retrained(draft, task, number)
+        return draft
+
+    def _densities(self, names: list[str]) -> dict[str, float]:
+        return {name: self.density for name in names} | dict(self.layers)
+
+    def _retrained(self, draft: Draft, task: Task, number: int) -> Draft:
+        schedule, epochs = task.schedule, self.epochs
+        if number == self.rounds and self.final is not None:
+            epochs = self.final
+        if self.retrain == "finetune":
+            last = schedule.rate(schedule.epochs - 1)
+            schedule = Schedule(**{**vars(schedule), "lr": last, "drops": (), "epochs": epochs})
+        begin = schedule.epochs - epochs
+        if begin < 0:
+            schedule, begin = replace(schedule, epochs=epochs), 0
+        if self.retrain == "weights":
+            draft = rewound(draft, task, begin)
+        label = f"pruning, round {number} of {self.rounds}"
+        return tune(draft, task, schedule, range(begin, begin + epochs), self.seed + number, label)
+
+
+def masked(draft: Draft, densities: Mapping[str, float], together: bool, apart: set[str]) -> Draft:
+    """The draft with its smallest weights gone: all layers ranked together, but those in `apart`, or each by itself."""
+    dense = {name: dense_array(draft.tensors[name]) for name in densities}
+    for name in densities:
+        tree = draft.tensors[name].tree
+        if isinstance(tree, Packed) and not isinstance(tree, Sparse):
+            raise ValueError(f"{name}: is packed already; prune before packing")
+    masks: dict[str, Array] = {}
+    shared = [name for name in densities if together and name not in apart]
+    if shared:
+        flat = np.concatenate([np.abs(dense[name]).reshape(-1) for name in shared])
+        mask = largest(flat, kept_count(densities[shared[0]], flat.size))
+        for name in shared:
+            masks[name], mask = np.split(mask, [dense[name].size])
+    for name in set(densities) - set(shared):
+        masks[name] = largest(np.abs(dense[name]), kept_count(densities[name], dense[name].size))
+    trees: dict[str, Tree] = {}
+    for name, w in dense.items():
+        mask = masks[name].reshape(w.shape)
+        trees[name] = w if densities[name] == 1 and mask.all() else Sparse(mask, w[mask])
+    return draft.with_trees(trees)
+
+
+def rewound(draft: Draft, task: Task, epoch: int) -> Draft:
+    """The draft with every tensor's values as they were before that epoch, its masks kept."""
+    if epoch not in task.snapshots:
+        there = ", ".join(map(str, sorted(task.snapshots))) or "none"
+        raise ValueError(f"weight rewinding needs the weights of epoch {epoch}; the task has {there}: trained(keep=[{epoch}])")
+    then = {name: value.numpy() for name, value in task.snapshots[epoch].items()}
+    trees = {}
+    for name, tensor in draft.tensors.items():
+        tree = tensor.tree
+        trees[name] = Sparse(tree.mask, then[name][tree.mask]) if isinstance(tree, Sparse) else then[name].copy()
+    return draft.with_trees(trees)
