@@ -189,32 +189,37 @@ static inline __attribute__((always_inline)) int64_t walk(coder *caller, const t
     return 0;
 }
 
+/* The shortest number in [low, low + range): as many trailing zero bytes as fit. It may pass 2^64, a carry. */
+static uint64_t shortest(uint64_t low, uint64_t range) {
+    for (int32_t bits = 56; bits > 0; bits -= 8) {
+        uint64_t mask = (1ull << bits) - 1, end = (low + mask) & ~mask;
+        if (end - low < range) return end;
+    }
+    return low;
+}
+
 int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint8_t *out, int64_t capacity, int32_t *work) {
     coder c = {.low = 0, .range = ~0ull, .out = out, .length = capacity};
     if (capacity < 16) return TERSE_ERANGE;
     int64_t error = walk(&c, model, (int32_t *)in, work, 0);
     if (error) return error;
-    /* The shortest number in [low, low + range): as many trailing zero bytes as fit, which are not written. */
-    for (int32_t bits = 56; bits >= 0; bits -= 8) {
-        uint64_t mask = bits ? (1ull << bits) - 1 : 0, end = (c.low + mask) & ~mask;
-        if (end - c.low < c.range) {
-            if (end < c.low) carry(&c);
-            c.low = end;
-            break;
-        }
-    }
+    uint64_t end = shortest(c.low, c.range);
+    if (end < c.low) carry(&c);
     if (capacity - c.at < 8) return TERSE_ERANGE;
-    for (int32_t b = 0; b < 8; b++) out[c.at++] = (uint8_t)(c.low >> (56 - 8 * b));
-    while (c.at > 0 && out[c.at - 1] == 0) c.at--;
+    for (int32_t b = 0; b < 8; b++) out[c.at++] = (uint8_t)(end >> (56 - 8 * b));
+    while (c.at > 0 && out[c.at - 1] == 0) c.at--; /* trailing zeros are not written */
     return c.at;
 }
 
 int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *model, int32_t *out, int32_t *work) {
     coder c = {.range = ~0ull, .in = in, .length = length};
-    if (length && in[length - 1] == 0) return TERSE_EDATA; /* trailing zeros are not written: one canonical form */
+    if (length && in[length - 1] == 0) return TERSE_EDATA;
     c.code = (uint64_t)next_word(&c) << 32;
     c.code |= next_word(&c);
     int64_t error = walk(&c, model, out, work, 1);
     if (error) return error;
-    return c.at >= length ? model->rows * model->columns : TERSE_EDATA;
+    if (c.at < length) return TERSE_EDATA;
+    uint64_t window = 0; /* what the encoder wrote last must be what it would have chosen: one canonical form */
+    for (int64_t k = c.at - 8; k < c.at; k++) window = window << 8 | (k < length ? in[k] : 0);
+    return shortest(window - c.code, c.range) == window ? model->rows * model->columns : TERSE_EDATA;
 }

@@ -19,7 +19,9 @@ from tersenet.codecs import FormatError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
-SOURCE = Annotated[Path | None, typer.Argument(help="A .safetensors or .npz file; left out where the task brings the model")]
+SOURCE = Annotated[
+    Path | None, typer.Argument(help="A .safetensors or .npz file; left out where the task brings the model")
+]
 FILE = Annotated[Path, typer.Argument(help="A .terse file")]
 TASK = Annotated[Path | None, typer.Option("--task", help="Your Python file with a function task() -> tersenet.Task")]
 

@@ -58,7 +58,7 @@ class Packed:
 
 @dataclass(frozen=True, eq=False)
 class Uniform(Packed):
-    """(q + zero) * scale * 2^(steps/2): levels of one step size, by group and, where `steps` are given, by row or column.
+    """(q + zero) * scale * 2^(steps/2): levels of one step, by group and, with `steps`, by row or column.
 
     `scale`, `zero` and each of `steps` (int8 exponents) broadcast against `q`; waterfilled quantization (Lifar et al.
     2026) sends its column steps this way, or as channel times frequency.
@@ -95,7 +95,7 @@ class Uniform(Packed):
 
 @dataclass(frozen=True, eq=False)
 class Codebook(Packed):
-    """codewords[index]: k shared values (d = 1) or vectors of d neighbours along the last axis (product quantization)."""
+    """codewords[index]: k shared values (d = 1) or vectors of d neighbours in the last axis (product quantization)."""
 
     index: Array
     codewords: Tree  # [k, d]
@@ -116,7 +116,7 @@ class Codebook(Packed):
 
     def check_values(self) -> None:
         index = np.asarray(self.index)
-        _require(index.size == 0 or 0 <= int(index.min()), "an index is below 0")
+        _require(index.size == 0 or int(index.min()) >= 0, "an index is below 0")
         _require(index.size == 0 or int(index.max()) < self.codewords.shape[0], "an index is past the codewords")
 
 
@@ -200,11 +200,15 @@ class Factored(Packed):
     def check(self) -> None:
         _require(isinstance(self.equation, str) and len(self.equation) <= 128, "the equation is a short text")
         _require(isinstance(self.factors, tuple) and 1 <= len(self.factors) <= 8, "there are 1 to 8 factors")
-        _require(isinstance(self.size, tuple) and all(isinstance(n, int) and n >= 0 for n in self.size), "size is a shape")
+        _require(
+            isinstance(self.size, tuple) and all(isinstance(n, int) and n >= 0 for n in self.size), "size is a shape"
+        )
         left, arrow, right = self.equation.partition("->")
         terms, extent = left.split(","), dict[str, int]()
         letters = left.replace(",", "") + right
-        _require(arrow == "->" and letters.isascii() and (letters.isalpha() or not letters), "the equation has letters only")
+        _require(
+            arrow == "->" and letters.isascii() and (letters.isalpha() or not letters), "the equation has letters only"
+        )
         _require(len(terms) == len(self.factors), "each factor has its term")
         for term, factor in zip(terms, self.factors, strict=True):
             _require(is_float_tree(factor) and len(term) == len(factor.shape), "a term has a letter for each axis")
@@ -315,7 +319,7 @@ def check_tree_values(tree: Tree) -> None:
 
 
 def is_integer(array: Array) -> bool:
-    return not isinstance(array, Packed) and not ("float" in str(array.dtype))
+    return not isinstance(array, Packed) and "float" not in str(array.dtype)
 
 
 def is_float_tree(tree: Tree) -> bool:

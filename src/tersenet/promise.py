@@ -1,4 +1,4 @@
-"""`compress`: run a recipe over a task or over bare arrays, keep to the budget, and prove the file by opening it again."""
+"""`compress`: run a recipe over a task or bare arrays, keep to the budget, prove the file by opening it again."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tersenet.artifact import Artifact, Coding, load
+from tersenet.artifact import Artifact, Coding, errors_against, load
 from tersenet.packed import Array
 from tersenet.recipe import Budget, Draft, PromiseBroken, Recipe, Result, artifact_of, cache_folder, run
 from tersenet.task import Task, one_thread
@@ -62,8 +62,8 @@ def _keep_promise(result: Result, budget: Budget | None, artifact: Artifact) -> 
             raise ValueError("a drop needs a task with test data to measure it on: give Task(test=...)")
         if 100 * (result.before - result.after) > budget.drop:
             raise PromiseBroken(
-                f"the metric fell from {result.before:.4f} to {result.after:.4f}, the budget allows {budget.drop} points:"
-                " raise the recipe's density or bits"
+                f"the metric fell from {result.before:.4f} to {result.after:.4f}, the budget allows {budget.drop}"
+                " points: raise the recipe's density or bits"
             )
 
 
@@ -77,10 +77,8 @@ def _log(text: str) -> None:
 def verify(path: str | Path, against: Mapping[str, Array] | None = None, task: Task | None = None) -> dict[str, Any]:
     """Open a file afresh, check every byte and claim, and measure it: {"bytes", "tensors", "errors", "metric"}.
 
-    Raises `FormatError` for a damaged file and `PromiseBroken` where an error or the metric is worse than the file says.
+    Raises `FormatError` for a damaged file, `PromiseBroken` where an error or the metric is worse than the file says.
     """
-    from tersenet.artifact import errors_against
-
     artifact = load(path)
     found: dict[str, Any] = {"bytes": artifact.nbytes, "tensors": len(artifact.tensors)}
     if against is not None:

@@ -102,12 +102,10 @@ class Draft:
     def of_arrays(arrays: Mapping[str, Array]) -> "Draft":
         """The draft of named arrays, which need no module: floats of two or more axes count as weights."""
         state = {n: a if isinstance(a, torch.Tensor) else torch.from_numpy(np.array(a)) for n, a in arrays.items()}
-        return Draft(
-            None, {n: _dense(n, t, t.is_floating_point()) for n, t in state.items()}, frozenset(state)
-        )
+        return Draft(None, {n: _dense(n, t, t.is_floating_point()) for n, t in state.items()}, frozenset(state))
 
     def weights(self) -> list[str]:
-        """The names that methods may pack: trainable floats of two or more axes with something in them, tied ones once."""
+        """The names that methods may pack: trainable floats of two axes or more, not empty, tied ones once."""
         seen, names = set[int](), []
         for name, tensor in self.tensors.items():
             shape = tensor.tree.shape
@@ -189,7 +187,7 @@ class Result:
 
 
 def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, log: Callable[[str], None]) -> Draft:
-    """Run the stages, keeping each result in `folder` under the hash of what led to it, and resume from the last kept."""
+    """Run the stages, keep each result in `folder` under the hash of what led to it, resume from the last kept."""
     mark = hashlib.sha256(f"{FORMAT}{task.digest() if task else ''}".encode())
     if task is None:
         mark.update(artifact_of(draft).to_bytes())

@@ -1,13 +1,13 @@
 """Recipes in YAML: a paper with its settings, or a list of stages, checked field by field before anything runs.
 
-    paper: deep-compression
-    density: 0.05
+paper: deep-compression
+density: 0.05
 
-    stages:
-      - prune: {density: 0.05, rounds: 8}
-      - pack: {method: {kmeans: {bits: 4}}, other: [[conv*, {uniform: {bits: 8}}]]}
-      - finetune: {epochs: 2}
-      - narrow: {}
+stages:
+  - prune: {density: 0.05, rounds: 8}
+  - pack: {method: {kmeans: {bits: 4}}, other: [[conv*, {uniform: {bits: 8}}]]}
+  - finetune: {epochs: 2}
+  - narrow: {}
 """
 
 import inspect
@@ -34,7 +34,7 @@ METHODS: dict[str, type] = {"magnitude": Magnitude, "kmeans": KMeans, "uniform":
 
 
 def find_recipe(name: str, seed: int | None = None) -> Recipe:
-    """The recipe of a paper's name, or of a YAML file; raises ValueError saying which field is wrong and what it may be."""
+    """The recipe of a paper's name or a YAML file; raises ValueError that says which field is wrong."""
     if name.endswith((".yaml", ".yml")):
         try:
             read = yaml.safe_load(Path(name).read_text())
@@ -110,7 +110,8 @@ def _built(kind: type, settings: dict[str, Any], where: str) -> Any:
         if name in ("method", "other"):
             continue
         try:
-            settings[name] = TypeAdapter(known[name]).validate_python(value)
+            adapter = TypeAdapter[Any](known[name])  # type: ignore[arg-type]
+            settings[name] = adapter.validate_python(value)
         except ValidationError as wrong:
             raise ValueError(f"{where}: {name} is {value!r}: {wrong.errors()[0]['msg'].lower()}") from None
     try:

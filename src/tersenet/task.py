@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,7 +72,7 @@ class Schedule:
         >>> [Schedule(epochs=4, lr=1.0).rate(e) for e in range(4)]
         [1.0, 1.0, 0.1, 0.01]
         """
-        return self.lr * 0.1 ** sum(epoch >= drop * self.epochs for drop in self.drops)
+        return self.lr / 10.0 ** sum(epoch >= drop * self.epochs for drop in self.drops)
 
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """A fresh optimiser over these parameters."""
@@ -85,7 +84,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Task:
-    """A model with its data. Loss and metric default to classification; the metric is a mean over samples, more is better.
+    """A model with its data; loss and metric default to classification, the metric is a mean where more is better.
 
     `valid` is the data that choices are made on; without it, the last tenth of an in-memory training split is held
     back. `snapshots` are earlier weights by epoch, for weight rewinding (`trained` keeps them). `augment(inputs,
@@ -108,7 +107,9 @@ class Task:
             if _is_pair(data):
                 inputs, targets = (torch.as_tensor(part) for part in data)
                 if len(inputs) != len(targets) or not len(inputs):
-                    raise ValueError(f"{name} has {len(inputs)} inputs and {len(targets)} targets: give as many of both")
+                    raise ValueError(
+                        f"{name} has {len(inputs)} inputs and {len(targets)} targets: give as many of both"
+                    )
                 object.__setattr__(self, name, (inputs, targets))
 
     def batches(self, epoch: int, seed: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -122,7 +123,7 @@ class Task:
             return
         inputs, targets = self.train
         order = torch.randperm(len(inputs) - self._held_back, generator=generator)
-        for part in order.split(batch):
+        for part in order.split(batch):  # type: ignore[no-untyped-call]
             x = inputs[part]
             yield (self.augment(x, generator) if self.augment else x), targets[part]
 
@@ -155,9 +156,7 @@ class Task:
     def score(self, data: Data, model: nn.Module | None = None) -> float:
         """The metric of a model in evaluation mode on a split, every sample counted once."""
         model = (self.model if model is None else model).eval()
-        parts = (
-            zip(data[0].split(500), data[1].split(500), strict=True) if _is_pair(data) else data
-        )
+        parts = zip(data[0].split(500), data[1].split(500), strict=True) if _is_pair(data) else data
 
         def measure(part: tuple[Tensor, Tensor]) -> tuple[float, int]:
             with torch.inference_mode():
@@ -183,21 +182,21 @@ class Task:
                     group["lr"] = schedule.rate(epoch)
                 for x, y in self.batches(epoch, seed, schedule.batch):
                     optimizer.zero_grad()
-                    self.loss(model(x), y).backward()
+                    self.loss(model(x), y).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
         return replace(self, model=model.eval(), snapshots=snapshots)
 
     def digest(self) -> str:
-        """A fingerprint of the model's weights, the data's beginning and the schedule: what a kept result depends on."""
+        """A fingerprint of weights, data and schedule: what a kept result depends on."""
         mark = hashlib.sha256(repr((self.schedule, self.loss, self.metric)).split(" at 0x")[0].encode())
         for name, tensor in self.model.state_dict().items():
             mark.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            mark.update(np.ascontiguousarray(tensor.detach().cpu().flatten().view(torch.uint8).numpy()))
+            mark.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         for data in (self.train, self.test, self.valid):
             if _is_pair(data):
                 mark.update(f"{data[0].shape}{data[1].shape}".encode())
-                mark.update(np.ascontiguousarray(data[0][:64].numpy()))
-                mark.update(np.ascontiguousarray(data[1].numpy()))
+                mark.update(data[0][:64].numpy().tobytes())
+                mark.update(data[1].numpy().tobytes())
         return mark.hexdigest()
 
 

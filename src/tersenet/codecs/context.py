@@ -146,7 +146,7 @@ def choose(values: Ints, low: int, high: int) -> Model:
 
     best = min((Model(split, transposed) for split, transposed in sorted(layouts)), key=size)
     for name, options in (("blend", BLENDS), ("memory", MEMORIES), ("settle", SETTLES), ("rates", RATES)):
-        best = min((replace(best, **{name: i}) for i in range(len(options))), key=size)
+        best = min((replace(best, **{name: i}) for i in range(len(options))), key=size)  # type: ignore[arg-type]
     return best
 
 
@@ -157,10 +157,7 @@ class Context:
 
     def encode(self, values: Ints) -> bytes:
         flat, low, high = flat32(values, 1 << 24)
-        if high - low < 1 << 16:
-            origin = low + int(np.bincount(flat - low).argmax())
-        else:
-            origin = 0 if low <= 0 <= high else low
+        origin = low + int(np.bincount(flat - low).argmax()) if high - low < 1 << 16 else max(low, min(0, high))
         levels = (flat - np.int32(origin)).reshape(values.shape)
         low, high = low - origin, high - origin
         model = choose(levels, low, high)
@@ -174,10 +171,19 @@ class Context:
         model = Model.read(reader, len(shape))
         if math.prod(shape) == 0:
             raise FormatError("an empty array is not arithmetic-coded")
-        levels = decode_matrix(reader.rest(), model, model.shape(shape), low, high)
+        levels: Ints = decode_matrix(reader.rest(), model, model.shape(shape), low, high)
         if origin:
-            levels = (levels.astype(np.int64) + origin) if abs(origin) >= 1 << 24 else levels + np.int32(origin)
+            levels = levels.astype(np.int64) + origin
         return shaped(model.array(levels, shape), shape, dtype)
+
+
+def _shortest(low: int, span: int) -> int:
+    """The number in [low, low + span) with the most trailing zero bytes."""
+    for bits in range(56, 0, -8):
+        end = (low + (1 << bits) - 1) >> bits << bits
+        if end - low < span:
+            return end
+    return low
 
 
 class _Walk:
@@ -230,13 +236,13 @@ class _Walk:
         for i, line in enumerate(matrix):
             settle, left = max(65536 // (i + 2) if i < 65536 else 0, least), 0
             values = line.tolist()
-            for j, value in enumerate(values):
+            for j, given in enumerate(values):
                 mean = column[j] if i else older
                 level = int(LEVEL[min((blend * mean + (16 - blend) * older) >> 12, 4095)])
-                size = abs(value)
+                size = abs(given)
                 if self.code(significant[level], size > 0):
                     e = sign[3 * (2 if left > 0 else left < 0) + (2 if above[j] > 0 else above[j] < 0)]
-                    negative = 0 if low == 0 else 1 if high == 0 else self.code(e, value < 0)
+                    negative = 0 if low == 0 else 1 if high == 0 else self.code(e, given < 0)
                     size = self.magnitude(size, level, -low if negative else high)
                     value = -size if negative else size
                 else:
@@ -272,13 +278,7 @@ class _Encoder(_Walk):
         return bit
 
     def finish(self) -> bytes:
-        for bits in range(56, -1, -8):
-            mask = (1 << bits) - 1
-            end = (self.low + mask) & ~mask
-            if end - self.low < self.range:
-                self.low = end
-                break
-        total = (self.number << 64) + self.low
+        total = (self.number << 64) + _shortest(self.low, self.range)
         return total.to_bytes(4 * self.words + 8, "big").rstrip(b"\0")
 
 
@@ -305,6 +305,8 @@ class _Decoder(_Walk):
         return bit
 
     def finish(self) -> bytes:
-        if self.at < len(self.data):
-            raise FormatError("an arithmetic-coded stream is too long")
+        window = int.from_bytes(self.data[max(self.at - 8, 0) : self.at].ljust(8, b"\0"), "big")
+        low = (window - self.coded) % (1 << 64)
+        if self.at < len(self.data) or _shortest(low, self.range) % (1 << 64) != window:
+            raise FormatError("an arithmetic-coded stream does not end as it should")
         return b""

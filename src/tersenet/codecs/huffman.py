@@ -49,7 +49,8 @@ def canonical_codes(lengths: NDArray[np.uint8]) -> NDArray[np.uint32]:
     kraft = int((1 << (LONGEST - lengths[present].astype(np.int64))).sum())
     if kraft != 1 << LONGEST and not (len(present) == 1 and lengths[present[0]] == 1):
         raise FormatError("Huffman code lengths do not make a complete code")
-    codes, code, last = np.zeros(len(lengths), np.uint32), 0, 0
+    codes = np.zeros(len(lengths), np.uint32)
+    code = last = 0
     for symbol in present[np.argsort(lengths[present], kind="stable")]:
         length = int(lengths[symbol])
         code <<= length - last

@@ -1,4 +1,4 @@
-"""Static range asymmetric numeral systems (Duda 2013): `Rans` for up to 256 neighbouring values, `RansPairs` for nibbles.
+"""Static range asymmetric numeral systems (Duda 2013): `Rans` for up to 256 values, `RansPairs` for nibbles.
 
 32 interleaved 32-bit states, 16-bit words and 12-bit frequencies, so that a decoder can run all lanes at once; short
 arrays take fewer lanes, since each costs four bytes. The stream is read forwards and ends in the state that encoding
@@ -119,9 +119,7 @@ def _encode_slowly(symbols: NDArray[np.uint8], frequency: NDArray[np.uint16], la
     return x.astype("<u4").tobytes() + stream
 
 
-def _decode_slowly(
-    raw: NDArray[np.uint8], frequency: NDArray[np.uint16], lanes: int, out: NDArray[np.uint8]
-) -> int:
+def _decode_slowly(raw: NDArray[np.uint8], frequency: NDArray[np.uint16], lanes: int, out: NDArray[np.uint8]) -> int:
     if raw.size < 4 * lanes or (raw.size - 4 * lanes) % 2:
         return -2
     f = frequency.astype(np.uint64)
@@ -172,7 +170,7 @@ class RansPairs:
         nibbles = (flat - low).astype(np.uint8)
         if nibbles.size % 2:
             nibbles = np.append(nibbles, nibbles[-1])
-        return put_number(zigzag(low)) + encode_bytes(nibbles[::2] | nibbles[1::2] << 4)
+        return put_number(zigzag(low)) + encode_bytes((nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8))
 
     def decode(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
         reader, count = Reader(data), math.prod(shape)
@@ -190,5 +188,6 @@ def _raised(symbols: NDArray[np.uint8], low: int, dtype: np.dtype[Any]) -> Ints:
     if dtype.kind in "iu" and symbols.size:
         info = np.iinfo(dtype)
         if info.min <= low and low + int(symbols.max()) <= info.max:
-            return symbols.astype(dtype) + np.array(low).astype(dtype)
+            raised: Ints = symbols.astype(dtype) + np.array(low).astype(dtype)
+            return raised
     return symbols.astype(np.int64) + low

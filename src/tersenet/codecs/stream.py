@@ -19,9 +19,11 @@ class Unsuited(ValueError):
 
 
 class Codec(Protocol):
-    """Integers of any shape to bytes and back. `pace` is a rough decoding speed in million integers a second."""
+    """Integers of any shape to bytes and back."""
 
-    pace: int
+    @property
+    def pace(self) -> int:
+        """A rough decoding speed, in million integers a second."""
 
     def encode(self, values: Ints) -> bytes:
         """The bytes for these integers; raises `Unsuited` where the codec cannot hold them."""
@@ -93,7 +95,7 @@ def flat32(values: Ints, alphabet: int = 1 << 30) -> tuple[NDArray[np.int32], in
     if flat.size == 0:
         raise Unsuited("nothing to code")
     low, high = int(flat.min()), int(flat.max())
-    if high - low >= alphabet or not (-(1 << 30) < low and high < 1 << 30):
+    if high - low >= alphabet or not (low > -(1 << 30) and high < 1 << 30):
         raise Unsuited(f"values span {low}..{high}")
     return flat.astype(np.int32), low, high
 

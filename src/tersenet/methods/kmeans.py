@@ -86,6 +86,24 @@ def _next_cluster(before: Array, cost: Any, clusters: int, n: int) -> tuple[Arra
     return best, split
 
 
+def filled(values: Array, centroids: Array, weights: Array) -> Array:
+    """Lloyd's centroids with no cluster empty: an empty one moves to the middle of the worst cluster's values."""
+    for _ in range(8):
+        centroids = lloyd(values, centroids, weights)
+        owner = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, values)
+        empty = np.setdiff1d(np.arange(centroids.size), owner)
+        if not empty.size:
+            break
+        error = np.bincount(owner, weights * np.square(values - centroids[owner]), centroids.size)
+        for place, worst in zip(empty, np.argsort(-error, kind="stable"), strict=False):
+            if error[worst] <= 0:
+                break
+            members = values[owner == worst]
+            centroids[place] = (members[-1] + centroids[worst]) / 2
+        centroids = np.sort(centroids)
+    return centroids
+
+
 @dataclass(frozen=True)
 class KMeans:
     """At most 2^bits shared values; raises ValueError for a tensor with too few different values to gain from them."""
@@ -103,11 +121,19 @@ class KMeans:
         """A `Codebook` with ascending codewords [k, 1]; `stats["weights"]`, if given, weighs each value's error."""
         w = np.asarray(w)
         flat = w.reshape(-1).astype(np.float64)
-        weights = np.ones(flat.size) if not stats or "weights" not in stats else np.asarray(stats["weights"]).reshape(-1)
+        weights = (
+            np.ones(flat.size) if not stats or "weights" not in stats else np.asarray(stats["weights"]).reshape(-1)
+        )
         order = np.argsort(flat, kind="stable")
         values, mass = flat[order], weights[order].astype(np.float64)
-        k = min(2**self.bits, np.unique(values).size)
-        centroids = exact(values, k, mass) if self.start == "exact" else lloyd(values, self._start(values, k), mass)
+        distinct = np.unique(values)
+        k = min(2**self.bits, distinct.size)
+        if k == distinct.size:
+            centroids = distinct
+        elif self.start == "exact":
+            centroids = exact(values, k, mass)
+        else:
+            centroids = filled(values, self._start(values, k), mass)
         codewords = np.unique(centroids.astype(np.float32))
         cuts = (codewords[1:].astype(np.float64) + codewords[:-1]) / 2
         index = np.searchsorted(cuts, flat)

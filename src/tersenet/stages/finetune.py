@@ -1,11 +1,9 @@
 """Train the float leaves of the trees, hold the integers: masked retraining, centroid tuning and scale learning alike.
 
 The gradient of a codeword is the SUM over its members, as Deep Compression has it (Han, Mao, Dally 2016, section 3.3):
-it falls out of differentiating `unpack`. Pruned weights have no leaf, so no optimiser, momentum or weight decay can move
-them.
+it falls out of differentiating `unpack`. Pruned weights have no leaf, so no momentum or weight decay can move them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,7 +38,9 @@ def tune(draft: Draft, task: Task, schedule: Schedule, epochs: range, seed: int,
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss became {float(loss)} in epoch {epoch}: lower the learning rate {schedule.lr}")
+                raise ValueError(
+                    f"the loss became {loss.item()} in epoch {epoch}: lower the learning rate {schedule.lr}"
+                )
         model.eval()
         return network.draft()
 
@@ -53,17 +53,17 @@ class _Network:
         self.trees: dict[int, Tree] = {}
         for name, tensor in draft.tensors.items():
             if id(tensor) not in self.trees:
-                trained = name in draft.trainable
-                self.trees[id(tensor)] = map_arrays(tensor.tree, lambda _, a, t=trained: self._leaf(a, t))
+                leaf = self._leaf if name in draft.trainable else _held
+                self.trees[id(tensor)] = map_arrays(tensor.tree, leaf)
 
-    def _leaf(self, array: object, trained: bool) -> Array:
-        made = torch.from_numpy(np.array(array))
-        if trained and made.is_floating_point():
+    def _leaf(self, path: str, array: object) -> Array:
+        made = _held(path, array)
+        if made.is_floating_point():
             made = made.float().requires_grad_()
             self.leaves.append(made)
         return made
 
-    def state(self) -> Mapping[str, Array]:
+    def state(self) -> dict[str, Array]:
         dense = {key: unpack(tree) for key, tree in self.trees.items()}
         return {name: dense[id(tensor)] for name, tensor in self.before.tensors.items()}
 
@@ -77,9 +77,13 @@ class _Network:
         return replace(self.before, tensors={n: renewed[id(t)] for n, t in self.before.tensors.items()})
 
 
+def _held(path: str, array: object) -> Array:
+    return torch.from_numpy(np.array(array))
+
+
 @dataclass(frozen=True)
 class Finetune:
-    """Train what the trees leave free. Without `lr`, a hundredth of the task's learning rate (Han et al. go down so)."""
+    """Train what the trees leave free. Without `lr`, at a hundredth of the task's learning rate."""
 
     epochs: int = 2
     lr: float | None = None
@@ -91,5 +95,3 @@ class Finetune:
         rate = task.schedule.lr / 100 if self.lr is None else self.lr
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=rate, drops=(0.5,), weight_decay=0.0)
         return tune(draft, task, schedule, range(self.epochs), self.seed)
-
-

@@ -50,13 +50,15 @@ class Prune:
             raise ValueError(f"{sorted(missing)[0]}: no such weight to prune; there are {', '.join(names)}")
         for number in range(1, self.rounds + 1):
             part = number / self.rounds
-            draft = masked(draft, {n: d**part for n, d in self._densities(names).items()}, self.scope == "global", known)
+            draft = masked(
+                draft, {n: d**part for n, d in self._densities(names).items()}, self.scope == "global", known
+            )
             if self.retrain != "none" and task is not None:
                 draft = self._retrained(draft, task, number)
         return draft
 
     def _densities(self, names: list[str]) -> dict[str, float]:
-        return {name: self.density for name in names} | dict(self.layers)
+        return dict.fromkeys(names, self.density) | dict(self.layers)
 
     def _retrained(self, draft: Draft, task: Task, number: int) -> Draft:
         schedule, epochs = task.schedule, self.epochs
@@ -101,7 +103,9 @@ def rewound(draft: Draft, task: Task, epoch: int) -> Draft:
     """The draft with every tensor's values as they were before that epoch, its masks kept."""
     if epoch not in task.snapshots:
         there = ", ".join(map(str, sorted(task.snapshots))) or "none"
-        raise ValueError(f"weight rewinding needs the weights of epoch {epoch}; the task has {there}: trained(keep=[{epoch}])")
+        raise ValueError(
+            f"weight rewinding needs the weights of epoch {epoch}; the task has {there}: trained(keep=[{epoch}])"
+        )
     then = {name: value.numpy() for name, value in task.snapshots[epoch].items()}
     trees = {}
     for name, tensor in draft.tensors.items():

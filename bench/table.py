@@ -1,0 +1,45 @@
+"""What every benchmark shares: where the real data lies, which machine this is, and how a table is kept."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("TERSENET_DATA", ROOT.parent / "shared" / "data"))
+
+
+def real_data() -> tuple[Any, Any]:
+    """The modules `datasets` and `models` that lie beside the data; stops with a word where there are none."""
+    if not (DATA / "datasets.py").exists():
+        sys.exit(f"no data at {DATA}: set TERSENET_DATA to the folder that holds datasets.py")
+    sys.path.insert(0, str(DATA))
+    import datasets
+    import models
+
+    return datasets, models
+
+
+def write(name: str, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> None:
+    """Keep the rows as bench/results/<name>.json with the machine and the commit, and print them."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    table = {"machine": machine(), "commit": commit.stdout.strip(), "seed": seed, **more, "rows": rows}
+    path = ROOT / "bench" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    print(f"kept as {path.relative_to(ROOT)}")
+
+
+def machine() -> str:
+    """Processor, cores and system in one line."""
+    model = platform.processor() or platform.machine()
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"

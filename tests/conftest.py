@@ -1,0 +1,91 @@
+"""Shared fixtures: real data where it lies beside the project, trees of every node, and the NumPy twins."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tersenet import native
+from tersenet.artifact import Artifact, Tensor
+from tersenet.codecs import CODECS
+from tersenet.packed import Codebook, Factored, Sliced, Sparse, Transformed, Uniform
+
+DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture
+def data():
+    """The modules `datasets` and `models` of the real data; skips where it is absent."""
+    if not (DATA / "datasets.py").exists():
+        pytest.skip("the real data is not beside the project")
+    sys.path.insert(0, str(DATA))
+    import datasets
+    import models
+
+    return datasets, models
+
+
+@pytest.fixture(params=["native", "twin"])
+def both(request, monkeypatch):
+    """Run a test with the C core and with the NumPy twins."""
+    if request.param == "twin":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C core was built")
+    return request.param
+
+
+def floats(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def trees():
+    """A tree of every kind of node, some nested."""
+    rng = np.random.default_rng(1)
+    mask = rng.random((6, 20)) < 0.2
+    scale = np.array(0.125, np.float32)
+    levels = rng.integers(-3, 4, (4, 3, 3, 3)).astype(np.int8)
+    steps = (rng.integers(-4, 5, (4, 1, 1, 1)).astype(np.int8), rng.integers(-4, 5, (1, 3, 3, 3)).astype(np.int8))
+    codebook = Codebook(rng.integers(0, 5, int(mask.sum())).astype(np.uint8), floats(5, 1))
+    return {
+        "dense": floats(5, 7),
+        "Uniform": Uniform(rng.integers(0, 16, (6, 8)).astype(np.uint8), floats(6, 1), np.full((6, 1), -8, np.int8)),
+        "Uniform-steps": Uniform(levels, scale, None, steps),
+        "Codebook": Codebook(rng.integers(0, 9, (6, 4)).astype(np.uint8), floats(9, 3)),
+        "Sparse": Sparse(mask, floats(int(mask.sum()))),
+        "Sparse-Codebook": Sparse(mask, codebook),
+        "Sliced": Sliced(np.array([0, 2, 5], np.uint8), floats(4, 3), 1, 7),
+        "Factored": Factored("or,ri->oi", (floats(6, 2), Uniform(np.ones((2, 5), np.int8), scale)), (6, 5)),
+        "Transformed": Transformed(Uniform(levels, scale, None, steps)),
+    }
+
+
+def small_files():
+    """Bytes of files that hold every node, every codec, tied, empty, scalar and odd tensors."""
+    rng = np.random.default_rng(2)
+    files = {f"node-{name}": Artifact({"layer.weight": Tensor(tree)}).to_bytes() for name, tree in trees().items()}
+    shared = Tensor(floats(3, 4))
+    odd = {
+        "tied.a": shared,
+        "tied.b": shared,
+        "empty": Tensor(np.zeros((0, 3), np.float32), note="dense: empty"),
+        "scalar": Tensor(np.array(7, np.int64), "int64"),
+        "nan": Tensor(np.array([np.nan, -0.0, np.inf, 1e-42], np.float32)),
+        "half": Tensor(np.array([1.5, 2.5], np.float16), "float16"),
+        "flag": Tensor(np.array([True, False]), "bool"),
+        "wide": Tensor(np.array([-(2**63), 2**63 - 1]), "int64"),
+    }
+    files["odd"] = Artifact(odd, meta={"metric": 0.5}).to_bytes()
+    values = {
+        "trits": rng.integers(-1, 2, 101),
+        "wide": rng.integers(0, 1000, 60),
+        "few": rng.choice([0, 0, 0, 5, -2], 90),
+    }
+    for codec in CODECS:
+        from tersenet.artifact import Coding
+
+        tensors = {n: Tensor(Uniform(v.astype(np.int16), np.array(0.5, np.float32))) for n, v in values.items()}
+        files[f"codec-{codec}"] = Artifact(tensors, Coding((codec,))).to_bytes()
+    return files

@@ -1,0 +1,316 @@
+"""The file: what it keeps, what it refuses, and what a crash leaves."""
+
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+from conftest import floats, small_files, trees
+
+from tersenet import FormatError, load
+from tersenet.artifact import Artifact, Coding, Tensor, errors_against, write_atomically
+from tersenet.codecs.stream import put_number
+from tersenet.container import FOOTER, PREAMBLE, _plain
+from tersenet.packed import Uniform, unpack
+
+FILES = small_files()
+
+
+def rebuilt(plain: bytes, streams: bytes) -> bytes:
+    """A file around a plain header and streams, every checksum right."""
+    coded = b"\0" + plain
+    head = b"TERSE\1" + struct.pack("<I", len(coded))
+    body = head + struct.pack("<I", zlib.crc32(head + coded)) + coded + streams
+    body += struct.pack("<Q", len(body) + FOOTER)
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def parts(file: bytes) -> tuple[bytes, bytes]:
+    (length,) = struct.unpack("<I", file[6:10])
+    return _plain(file[PREAMBLE : PREAMBLE + length]), file[PREAMBLE + length : -FOOTER]
+
+
+def same(a: dict, b: dict) -> bool:
+    return list(a) == list(b) and all(a[n].tobytes() == b[n].tobytes() and a[n].dtype == b[n].dtype for n in a)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_gives_back_the_same_tensors_and_the_same_bytes(name):
+    first = load(FILES[name])
+    assert rebuilt(*parts(FILES[name])) == FILES[name] or FILES[name][PREAMBLE] == 1
+    codec = (name.removeprefix("codec-"),) if name.startswith("codec-") else Coding().codecs
+    again = Artifact(first.tensors, Coding(codec), first.meta)
+    assert again.to_bytes() == FILES[name]
+    assert same(first.unpack(), load(again.to_bytes()).unpack())
+
+
+def test_odd_tensors_keep_every_bit():
+    state = load(FILES["odd"]).unpack()
+    assert state["nan"].tobytes() == np.array([np.nan, -0.0, np.inf, 1e-42], np.float32).tobytes()
+    assert state["empty"].shape == (0, 3) and state["scalar"].shape == () and state["scalar"] == 7
+    assert state["tied.a"] is state["tied.b"]
+    assert state["half"].dtype == np.float16 and state["flag"].dtype == np.bool_
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_truncation_and_every_flipped_bit_is_refused(name):
+    file = FILES[name]
+    for cut in range(len(file)):
+        with pytest.raises(FormatError):
+            load(file[:cut])
+    for at in range(len(file)):
+        for bit in range(8):
+            damaged = bytearray(file)
+            damaged[at] ^= 1 << bit
+            with pytest.raises(FormatError):
+                load(bytes(damaged))
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"TERSE", b"x" * 64, FILES["odd"]])
+def test_bytes_after_the_end_are_refused(extra):
+    with pytest.raises(FormatError, match="length"):
+        load(FILES["odd"] + extra)
+
+
+def test_ten_thousand_mutations_with_right_checksums_end_in_an_error_or_a_valid_result():
+    rng = np.random.default_rng(7)
+    names = sorted(FILES)
+    refused = 0
+    for number in range(10_000):
+        plain, streams = (bytearray(part) for part in parts(FILES[names[number % len(names)]]))
+        before = bytes(streams)
+        for _ in range(int(rng.integers(1, 4))):
+            target = streams if len(streams) and rng.random() < 0.5 else plain
+            at = int(rng.integers(len(target)))
+            match rng.integers(4):
+                case 0:
+                    target[at] ^= 1 << int(rng.integers(8))
+                case 1:
+                    target[at] = int(rng.choice([0, 1, 127, 128, 255]))
+                case 2:
+                    target[at : at + 1] = rng.integers(0, 256, int(rng.integers(0, 4)), np.uint8).tobytes()
+                case 3:
+                    target[at:at] = put_number(int(rng.integers(1, 2**62)))
+        file = rebuilt(bytes(with_checks(plain, before, streams)), bytes(streams))
+        try:
+            for array in load(file).unpack().values():
+                assert array.nbytes <= 1 << 24
+        except FormatError:
+            refused += 1
+    assert refused > 5000
+
+
+def with_checks(plain: bytearray, before: bytes, streams: bytearray) -> bytearray:
+    """The header with the checksums of streams that kept their length set to the new content."""
+    if len(before) != len(streams):
+        return plain
+    at = 0
+    while at < len(before):
+        for end in range(len(before), at, -1):
+            found = plain.find(struct.pack("<I", zlib.crc32(before[at:end])))
+            if found >= 0:
+                plain[found : found + 4] = struct.pack("<I", zlib.crc32(bytes(streams[at:end])))
+                at = end
+                break
+        else:
+            return plain
+    return plain
+
+
+def header(shape: tuple[int, ...], codec: int = 0, length: int = 2, crc: int = 0, count: int = 1) -> bytes:
+    array = bytes([4, 10, len(shape)]) + b"".join(map(put_number, shape)) + bytes([codec]) + put_number(length)
+    tensor = put_number(0) + put_number(1) + b"w" + bytes([10, 0, 0, 0x7E]) + array + struct.pack("<I", crc)
+    return put_number(count) + tensor + put_number(0)
+
+
+def bombs():
+    stream = b"\0\0"
+    crc = zlib.crc32(stream)
+    yield "2^40 in one axis", rebuilt(header((1 << 40,), crc=crc), stream)
+    yield "product past 64 bits", rebuilt(header((1 << 40, 1 << 40), crc=crc), stream)
+    yield "huge beside zero", rebuilt(header((0, 1 << 62), crc=crc), stream)
+    yield "a billion tensors", rebuilt(header((1,), crc=crc, count=10**9), stream)
+    yield "a run of 30 million", rebuilt(header((30_000_000,), crc=crc), stream)
+    deflated = zlib.compressobj(9, zlib.DEFLATED, -15)
+    body = deflated.compress(b"\0" * (1 << 28)) + deflated.flush()
+    head = b"TERSE\1" + struct.pack("<I", len(body) + 1)
+    file = head + struct.pack("<I", zlib.crc32(head + b"\1" + body)) + b"\1" + body
+    file += struct.pack("<Q", len(file) + FOOTER)
+    yield "a header that expands 1000:1", file + struct.pack("<I", zlib.crc32(file))
+
+
+@pytest.mark.parametrize("name,file", list(bombs()), ids=lambda v: v if isinstance(v, str) else "")
+def test_bombs_are_refused_in_little_memory(name, file, tmp_path):
+    path = tmp_path / "bomb.terse"
+    path.write_bytes(file)
+    script = (
+        "import sys, resource, tersenet\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    tersenet.load(sys.argv[1])\n"
+        "except tersenet.FormatError:\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip(), "the bomb was not refused"
+    assert int(done.stdout) < 64 * 1024
+
+
+def test_a_caller_may_allow_more():
+    big = Artifact({"w": Tensor(Uniform(np.zeros(5_000_000, np.int8), np.array(1, np.float32)))}).to_bytes()
+    with pytest.raises(FormatError, match="over the limit"):
+        load(big)
+    assert load(big, limit=1 << 30)["w"].shape == (5_000_000,)
+
+
+def test_a_newer_version_and_a_foreign_file_are_told_apart(tmp_path):
+    with pytest.raises(FormatError, match="version 2"):
+        load(b"TERSE\2" + FILES["odd"][6:])
+    foreign = tmp_path / "x.terse"
+    foreign.write_bytes(b"PK\3\4" + bytes(100))
+    with pytest.raises(FormatError, match="not a tersenet file"):
+        load(foreign)
+
+
+def test_one_tensor_is_read_without_the_rest(tmp_path):
+    path = tmp_path / "two.terse"
+    Artifact({"a": Tensor(floats(50, 50)), "b": Tensor(floats(40, 40, seed=1))}).save(path)
+    file = bytearray(path.read_bytes())
+    file[len(file) - 100] ^= 1  # inside b
+    path.write_bytes(file)
+    assert np.array_equal(load(path, tensors=["a"])["a"], floats(50, 50))
+    with pytest.raises(FormatError, match="b: "):
+        load(path, tensors=["b"])
+    with pytest.raises(FormatError):
+        load(path)
+    with pytest.raises(KeyError, match="no tensor 'c'"):
+        load(path, tensors=["c"])
+
+
+def test_the_ledger_adds_up_to_the_file():
+    for file in FILES.values():
+        artifact = load(file)
+        assert sum(row.total for row in artifact.ledger()) == len(file) == artifact.nbytes
+        assert f"{len(file):,} bytes" in str(artifact)
+
+
+def test_floats_are_stored_in_the_narrowest_type_that_loses_nothing():
+    exact = np.array([1.0, 0.5, -3.0] * 40, np.float32)
+    sizes = [Artifact({"w": Tensor(a)}, Coding(("bits",))).nbytes for a in (exact, exact * 2.0**60, floats(120))]
+    assert sizes[0] == sizes[1] < sizes[2]
+    big = load(Artifact({"w": Tensor(exact * np.float32(2.0**60))}).to_bytes())["w"]
+    assert big.dtype == np.float32 and np.array_equal(big, exact * np.float32(2.0**60))
+
+
+def test_a_header_of_a_small_net_costs_tens_of_bytes():
+    tensors = {f"fc{i}.{part}": Tensor(floats(4)) for i in (1, 2) for part in ("weight", "bias")}
+    artifact = Artifact(tensors)
+    assert artifact.nbytes - sum(row.payload + row.tables for row in artifact.ledger()) < 120
+
+
+def test_errors_against_the_original_are_measured():
+    tensor = Tensor(Uniform(np.array([1, 2], np.int8), np.array(0.5, np.float32)))
+    found = errors_against(Artifact({"w": tensor}), {"w": np.array([0.5, 1.5], np.float32)})
+    assert found["w"] == pytest.approx(0.5 / np.sqrt(2.5))
+    with pytest.raises(ValueError, match="w: shape"):
+        errors_against(Artifact({"w": tensor}), {"w": np.zeros(3)})
+
+
+def test_what_a_file_cannot_hold_is_refused_with_the_tensors_name():
+    with pytest.raises(ValueError, match="layer: cannot store"):
+        Artifact({"layer": Tensor(floats(2), "complex64")}).to_bytes()
+    with pytest.raises(ValueError, match="layer: a tensor has at most 8 axes"):
+        Artifact({"layer": Tensor(np.zeros((1,) * 9, np.float32))}).to_bytes()
+    with pytest.raises(ValueError, match="unknown codec"):
+        Coding(("zip",))
+
+
+def test_kill_during_a_save_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "big.terse"
+    old = Artifact({"w": Tensor(np.arange(50_000_000, dtype=np.uint8), "uint8")}, Coding(("bits",))).to_bytes()
+    context = multiprocessing.get_context("fork")
+    rng = np.random.default_rng(0)
+    data = {"w": Tensor(np.random.default_rng(1).integers(0, 255, 50_000_000).astype(np.uint8), "uint8")}
+    new = Artifact(data, Coding(("bits",))).to_bytes()
+    path.write_bytes(old)
+    for _ in range(100):
+        begin = context.Event()
+        process = context.Process(target=_save_bytes, args=(path, new, begin))
+        process.start()
+        begin.wait()
+        time.sleep(rng.random() * 0.06)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        found = path.read_bytes()
+        assert found in (old, new)
+        if found == new:
+            path.write_bytes(old)
+    Artifact({"w": Tensor(floats(3))}).save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["big.terse"]
+
+
+def _save_bytes(path, data, begin):
+    begin.set()
+    write_atomically(path, data)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "w.terse"
+    Artifact({"w": Tensor(floats(3))}).save(path)
+    before = path.read_bytes()
+    script = (
+        "import resource, signal, sys, numpy as np\n"
+        "from tersenet.artifact import Artifact, Tensor\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n    Artifact({'w': Tensor(np.random.rand(5000))}).save(sys.argv[1])\n"
+        "except OSError as wrong:\n    print('refused', wrong.errno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("refused"), done.stderr
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_loading_opens_nothing_else_and_runs_no_code(tmp_path):
+    path = tmp_path / "w.terse"
+    Artifact({name: Tensor(tree) for name, tree in trees().items()}).save(path)
+    script = (
+        "import sys, tersenet, numpy as np\n"
+        "tersenet.load(sys.argv[1]).unpack()\n"
+        "events = []\n"
+        "watched = ('exec', 'import', 'open', 'socket.connect')\n"
+        "sys.addaudithook(lambda e, a: events.append((e, a)) if e in watched else 0)\n"
+        "tersenet.load(sys.argv[1]).unpack()\n"
+        "print([e for e, a in events if not (e == 'open' and str(a[0]) == sys.argv[1])])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_same_tensors_make_the_same_bytes_in_any_process():
+    script = (
+        "from conftest import small_files; import hashlib\n"
+        "print([hashlib.sha256(f).hexdigest() for f in small_files().values()])"
+    )
+    found = set()
+    for threads, hashes in (("1", "0"), ("2", "1"), ("2", "random")):
+        env = os.environ | {
+            "OMP_NUM_THREADS": threads,
+            "PYTHONHASHSEED": hashes,
+            "PYTHONPATH": os.path.dirname(__file__),
+        }
+        found.add(
+            subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
+        )
+    assert len(found) == 1
+
+
+def test_unpack_is_the_dense_weight():
+    artifact = Artifact({name: Tensor(tree) for name, tree in trees().items()})
+    for name, array in load(artifact.to_bytes()).unpack().items():
+        assert np.array_equal(array, unpack(artifact[name]))

@@ -1,0 +1,61 @@
+"""Who may import whom (docs/architecture.md), and a file in a process without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import trees
+
+from tersenet.artifact import Artifact, Tensor
+
+SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
+MAY = {
+    "packed": "", "task": "", "native": "", "allocators": "", "information": "",
+    "codecs": "native", "container": "packed codecs",
+    "artifact": "container packed codecs", "methods": "packed native", "calibrate": "task",
+    "recipe": "packed task artifact", "stages": "recipe methods calibrate packed task artifact allocators",
+    "papers": "stages methods allocators recipe", "promise": "artifact packed papers recipe task",
+    "recipe_file": "papers stages methods recipe",
+    "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
+    "cli": "papers report runtime recipe artifact codecs promise recipe_file",
+    "__init__": "artifact codecs recipe task promise papers",
+}  # fmt: skip
+TORCH = {"methods", "calibrate", "task", "recipe", "stages", "promise", "threelc", "information"}
+
+
+def imports(file: Path):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts == ["tersenet"]:
+                yield from ((alias.name, node.col_offset) for alias in node.names)
+            else:
+                yield (parts[1] if parts[0] == "tersenet" else parts[0]), node.col_offset
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], node.col_offset) for alias in node.names)
+
+
+def test_arrows_point_only_where_the_plan_says():
+    modules = {p.stem if p.is_file() else p.name for p in SOURCE.iterdir() if p.suffix in (".py", "")} - {"__pycache__"}
+    for file in SOURCE.rglob("*.py"):
+        own = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+        for name, column in imports(file):
+            if name in modules and name != own:
+                assert name in MAY[own].split(), f"{file.name} imports {name}"
+            if name == "torch" and (column == 0 or own in ("packed", "codecs", "native")):
+                assert own in TORCH, f"{file.name} imports torch"
+
+
+def test_a_file_loads_and_unpacks_where_torch_cannot_be_imported(tmp_path):
+    path = tmp_path / "w.terse"
+    Artifact({name: Tensor(tree) for name, tree in trees().items()}).save(path)
+    script = (
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['typer'] = sys.modules['rich'] = sys.modules['scipy'] = None\n"
+        "import tersenet\n"
+        "artifact = tersenet.load(sys.argv[1])\n"
+        "print(len(artifact.unpack()), str(artifact).count('bits'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[0]) == len(trees())

@@ -1,0 +1,92 @@
+"""One contract over the methods, and what each of them promises."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import floats
+
+from tersenet.methods import chain
+from tersenet.methods.kmeans import KMeans, exact, lloyd
+from tersenet.methods.sparse import Magnitude, kept_count, largest
+from tersenet.methods.uniform import Uniform
+from tersenet.packed import Codebook, Sparse, arrays, check_tree, check_tree_values, unpack
+
+RATES = {
+    "magnitude": [Magnitude(d) for d in (0.05, 0.2, 0.6, 1.0)],
+    "kmeans": [KMeans(b) for b in (1, 3, 5, 8)],
+    "kmeans-density": [KMeans(b, "density") for b in (2, 4, 6)],
+    "kmeans-random": [KMeans(b, "random") for b in (2, 4, 6)],
+    "kmeans-exact": [KMeans(b, "exact") for b in (1, 3, 5)],
+    "uniform": [Uniform(b) for b in (2, 4, 8, 12)],
+    "uniform-row": [Uniform(b, by_row=True) for b in (2, 4, 8)],
+    "chain": [chain(Magnitude(d), KMeans(4)) for d in (0.1, 0.5, 1.0)],
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_method_keeps_the_shape_repeats_itself_and_errs_less_at_a_higher_rate(name):
+    w = floats(24, 40) * 0.1
+    errors = []
+    for method in RATES[name]:
+        tree = method.pack(w)
+        check_tree(tree)
+        check_tree_values(tree)
+        assert tree.shape == w.shape
+        for (_, a), (_, b) in zip(arrays(tree), arrays(method.pack(w)), strict=True):
+            assert a.tobytes() == b.tobytes()
+        errors.append(float(np.square(unpack(tree) - w).sum()))
+        assert eval(repr(method), {**globals(), "Chain": type(chain())}) == method
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_exact_k_means_equals_brute_force_over_all_splits():
+    rng = np.random.default_rng(0)
+    values, weights = np.sort(rng.normal(size=11)), rng.random(11) + 0.1
+
+    def cost(centroids):
+        return (weights * np.square(values[:, None] - centroids[None]).min(1)).sum()
+
+    best = min(
+        cost(
+            np.array([np.average(v, weights=w) for v, w in zip(np.split(values, c), np.split(weights, c), strict=True)])
+        )
+        for c in itertools.combinations(range(1, 11), 3)
+    )
+    assert cost(exact(values, 4, weights)) == pytest.approx(best, rel=1e-9)
+
+
+def test_lloyd_ends_where_no_step_improves_and_never_beats_the_exact_optimum():
+    values, weights = np.sort(np.random.default_rng(1).laplace(size=3000)), np.ones(3000)
+
+    def cost(centroids):
+        return np.square(values[:, None] - centroids[None]).min(1).sum()
+
+    found = lloyd(values, np.linspace(values[0], values[-1], 8), weights)
+    assert np.array_equal(lloyd(values, found, weights, 1), found)
+    assert cost(exact(values, 8, weights)) <= cost(found) + 1e-9 < cost(np.linspace(values[0], values[-1], 8))
+
+
+def test_weighted_k_means_moves_towards_the_heavy_values():
+    w = np.array([0.0, 1.0, 2.0, 10.0], np.float32)
+    light = KMeans(1).pack(w).codewords.flatten()
+    heavy = KMeans(1).pack(w, {"weights": np.array([1.0, 1, 50, 1])}).codewords.flatten()
+    assert light[0] == 1.0 and heavy[0] == pytest.approx(101 / 52)
+
+
+def test_magnitude_hits_its_density_to_one_weight_and_breaks_ties_by_place():
+    w = np.ones((10, 10), np.float32)
+    tree = Magnitude(0.333).pack(w)
+    assert isinstance(tree, Sparse) and tree.mask.sum() == kept_count(0.333, 100) == 33
+    assert tree.mask.reshape(-1)[:33].all()
+    assert largest(np.array([2.0, 5, 5, 1]), 2).tolist() == [False, True, True, False]
+
+
+def test_chaining_nests_nodes():
+    tree = chain(Magnitude(0.1), KMeans(3)).pack(floats(30, 30))
+    assert isinstance(tree, Sparse) and isinstance(tree.values, Codebook) and tree.values.codewords.shape == (8, 1)
+
+
+def test_fewer_values_than_clusters_are_kept_exactly():
+    w = np.array([[1.0, -1.0, 0.5, 1.0]], np.float32)
+    assert np.array_equal(unpack(KMeans(5).pack(w)), w)

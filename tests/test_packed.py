@@ -1,0 +1,127 @@
+"""One contract over the table of nodes."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import floats, trees
+
+from tersenet.artifact import Artifact, Tensor, load
+from tersenet.packed import (
+    NODES,
+    Codebook,
+    Factored,
+    Sliced,
+    Sparse,
+    Transformed,
+    Uniform,
+    arrays,
+    check_tree,
+    check_tree_values,
+    dct,
+    depth,
+    float_leaves,
+    map_arrays,
+    narrowed,
+    unpack,
+)
+
+TREES = trees()
+
+
+def in_torch(tree, grad=False):
+    def convert(path, array):
+        made = torch.from_numpy(np.array(array))
+        return made.requires_grad_() if grad and made.is_floating_point() else made
+
+    return map_arrays(tree, convert)
+
+
+def test_every_node_is_tried_here():
+    assert {type(tree).__name__ for tree in TREES.values()} >= set(NODES)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_numpy_and_torch_unpack_the_same(name):
+    tree = TREES[name]
+    dense = unpack(tree)
+    assert dense.shape == tuple(tree.shape) and dense.dtype == np.float32
+    assert np.allclose(unpack(in_torch(tree)).numpy(), dense, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_gradient_reaches_every_float_leaf(name):
+    tree = in_torch(TREES[name], grad=True)
+    (unpack(tree) * torch.from_numpy(floats(*tree.shape))).sum().backward()
+    leaves = float_leaves(tree)
+    assert leaves
+    for path, leaf in leaves.items():
+        assert leaf.grad is not None and leaf.grad.abs().sum() > 0, path
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_every_tree_survives_the_file_bit_for_bit(name):
+    back = load(Artifact({"w": Tensor(TREES[name])}).to_bytes())["w"]
+    for (path, before), (same, after) in zip(arrays(TREES[name]), arrays(back), strict=True):
+        assert path == same and before.dtype == after.dtype and before.tobytes() == after.tobytes()
+    assert unpack(back).tobytes() == unpack(TREES[name]).tobytes()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_printing_a_tree_names_every_part(name):
+    if hasattr(TREES[name], "unpack"):
+        text = str(TREES[name])
+        assert "bits/w" in text and all(path.split(".")[0] in text for path, _ in arrays(TREES[name]))
+
+
+def test_a_codeword_gets_the_sum_of_its_members_gradients():
+    tree = in_torch(Codebook(np.array([0, 1, 1, 0, 1], np.uint8), floats(2, 1)), grad=True)
+    (unpack(tree) * torch.tensor([1.0, 2, 3, 4, 5])).sum().backward()
+    assert tree.codewords.grad.flatten().tolist() == [5.0, 10.0]
+
+
+def test_the_transform_is_orthonormal():
+    for n in (1, 2, 3, 5, 8):
+        assert np.allclose(dct(n) @ dct(n).T, np.eye(n), atol=1e-12)
+    w = floats(4, 3, 3, 3)
+    coefficients = np.einsum("ka,oiab,lb->oikl", dct(3), w, dct(3)).astype(np.float32)
+    assert np.allclose(unpack(Transformed(coefficients)), w, atol=1e-5)
+
+
+def test_depth_counts_nodes_and_three_are_enough():
+    deep = Transformed(Sparse(np.ones((3, 3), bool), Codebook(np.zeros(9, np.uint8), floats(1, 1))))
+    assert depth(deep) == 3
+    check_tree(deep)
+    deeper = Codebook(np.zeros(9, np.uint8), Uniform(np.ones((1, 1), np.int8), floats(1, 1)))
+    with pytest.raises(ValueError, match="nodes deep"):
+        check_tree(Transformed(Sparse(np.ones((3, 3), bool), deeper)))
+
+
+BROKEN = {
+    "scale does not broadcast": Uniform(np.zeros((2, 3), np.int8), floats(2)),
+    "levels are floats": Uniform(floats(2, 3), floats(1)),
+    "codewords are flat": Codebook(np.zeros(3, np.uint8), floats(3)),
+    "index past the codewords": Codebook(np.array([0, 3], np.uint8), floats(3, 1)),
+    "negative index": Codebook(np.array([0, -1], np.int8), floats(3, 1)),
+    "mask and values differ": Sparse(np.array([True, False, True]), floats(3)),
+    "mask is no mask": Sparse(np.array([1, 0, 1]), floats(2)),
+    "kept twice": Sliced(np.array([1, 1]), floats(2, 2), 0, 5),
+    "kept outside": Sliced(np.array([1, 5]), floats(2, 2), 0, 5),
+    "no such axis": Sliced(np.array([1, 2]), floats(2, 2), 2, 5),
+    "unknown letter": Factored("or,ri->oz", (floats(2, 2), floats(2, 2)), (2, 2)),
+    "two extents": Factored("or,ri->oi", (floats(2, 2), floats(3, 2)), (2, 2)),
+    "wrong size": Factored("or,ri->oi", (floats(2, 2), floats(2, 2)), (2, 3)),
+    "a vector has no kernel": Transformed(floats(5)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_trees_that_do_not_fit_are_refused(name):
+    with pytest.raises(ValueError):
+        check_tree(BROKEN[name])
+        check_tree_values(BROKEN[name])
+
+
+def test_integers_are_narrowed_without_loss():
+    for values in ([0, 255], [-1, 127], [-1, 128], [0, 70000], []):
+        array = np.array(values, np.int64)
+        assert np.array_equal(narrowed(array), array) and narrowed(array).dtype.itemsize <= 4
