@@ -55,7 +55,7 @@ def compress_command(
         job = state if job is None else _with_state(job, state, source)
     if job is None:
         raise ValueError("nothing to compress: give a SOURCE file, or --task with your model")
-    result = compress(job, find_recipe(recipe or "deep-compression", seed), budget)
+    result = compress(job, find_recipe(recipe, seed) if recipe else None, budget)
     if result.after is not None:
         result.artifact.meta["metric"] = round(result.after, 6)
         result = type(result)(Artifact(result.artifact.tensors, result.artifact.coding, result.artifact.meta),

@@ -1,5 +1,6 @@
 """`compress`: run a recipe over a task or bare arrays, keep to the budget, prove the file by opening it again."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -10,18 +11,23 @@ from typing import Any
 from tersenet.artifact import Artifact, Coding, errors_against, load
 from tersenet.packed import Array
 from tersenet.recipe import Budget, Draft, PromiseBroken, Recipe, Result, artifact_of, cache_folder, run
+from tersenet.stages.waterfill import gather, to_drop, to_size
 from tersenet.task import Task, one_thread
 
 
 def compress(
     source: Task | Mapping[str, Array],
-    recipe: Recipe,
+    recipe: Recipe | None = None,
     budget: Budget | None = None,
     *,
     coding: Coding | None = None,
     folder: str | Path | None = None,
 ) -> Result:
     """Turn a task's model, or named arrays, into an `Artifact`, and measure it from the reopened file.
+
+    Without a recipe the network is quantized, output-aware and without retraining, to the budget: exactly from below for
+    a size or a ratio, and for a drop to the coarsest step whose metric on the task's data for choosing keeps the floor.
+    The default budget is a drop of half a point, or, where there are only arrays, a ratio of 8.
 
     `folder` keeps the stages' results, so that a run that was stopped goes on (default: the user's cache folder).
     Raises `PromiseBroken` where the budget is not met or the file is not smaller than its input, ValueError for input
@@ -33,7 +39,11 @@ def compress(
     original = dict(draft.tensors)
     before = task.score(task.test) if task and task.test is not None else None
     with one_thread():
-        draft = run(draft, task, recipe, Path(folder) if folder else cache_folder(), _log)
+        if recipe is None:
+            budget = budget or (Budget(drop=0.5) if task else Budget(ratio=8))
+            draft = quantized(draft, task, budget, coding)
+        else:
+            draft = run(draft, task, recipe, Path(folder) if folder else cache_folder(), _log)
         artifact = artifact_of(draft, coding, original)
         data = artifact.to_bytes()
         after = None
@@ -42,8 +52,21 @@ def compress(
         if task is not None:
             artifact_of(replace(draft, tensors=original)).into(task.model)
     result = Result(artifact, before, after, time.monotonic() - begun)
-    _keep_promise(result, budget, artifact)
+    # A drop without a recipe was kept on the data for choosing; what the test split says is reported beside it.
+    _keep_promise(result, None if recipe is None and budget and budget.drop is not None else budget, artifact)
     return result
+
+
+def quantized(draft: Draft, task: Task | None, budget: Budget, coding: Coding | None = None) -> Draft:
+    """The draft quantized without retraining so that its file keeps the budget."""
+    weights = sum(math.prod(t.tree.shape) for t in {id(t): t for t in draft.tensors.values()}.values())
+    usable = task if task is not None and task.train is not None else None
+    gathered = gather(draft, usable)
+    if (most := budget.bytes_for(weights)) is not None:
+        return to_size(gathered, most, usable, coding)
+    if usable is None or budget.drop is None:
+        raise ValueError("a drop is measured on data: give Task(train=...), or a size or ratio")
+    return to_drop(gathered, budget.drop, usable, coding)
 
 
 def _keep_promise(result: Result, budget: Budget | None, artifact: Artifact) -> None:

@@ -28,8 +28,9 @@ from tersenet.recipe import Recipe
 from tersenet.stages.finetune import Finetune
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune
+from tersenet.stages.waterfill import Waterfill
 
-STAGES: dict[str, type] = {"prune": Prune, "pack": Pack, "finetune": Finetune, "narrow": Narrow}
+STAGES: dict[str, type] = {"prune": Prune, "pack": Pack, "finetune": Finetune, "narrow": Narrow, "waterfill": Waterfill}
 METHODS: dict[str, type] = {"magnitude": Magnitude, "kmeans": KMeans, "uniform": Uniform}
 
 

@@ -1,0 +1,324 @@
+"""Output-aware quantization of a whole network without retraining: one global step in the Fisher metric.
+
+The step of weight (i, j) of a layer is c r_i / (sqrt(mean G) L_jj): A = L L^T from the layer's inputs in the DCT domain
+of its kernels, G from its output gradients, r_i the damped inverse root of G_ii. One number, c, sets size and accuracy of
+the whole network and so settles what each layer and row gets. BatchNorm is first folded to a scale and a shift, and its
+scale into the convolution before it; the shifts and all biases are quantized by the same rule.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor as Array
+from torch import nn
+
+from tersenet import artifact
+from tersenet.allocators.lagrange import from_below
+from tersenet.artifact import Coding, load
+from tersenet.calibrate import Moments, moments
+from tersenet.methods.feedback import Metric, Steps, levels, tree_of, waterfilled
+from tersenet.methods.transform import kernel_transform, spatial
+from tersenet.packed import Tree, Uniform, narrowed
+from tersenet.recipe import Draft, artifact_of, dense_array
+from tersenet.task import Task, one_thread, progress
+
+SMALL = 64  # tensors with fewer weights stay floats
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What is added to the moments' diagonals, as parts of their means: little data needs more."""
+
+    inputs: float = 1e-2
+    rows: float = 1.0
+
+
+# What is tried where a size is to be met, with how much a bit weighs against distortion; what stays closest to the
+# network's outputs wins. One choice for all networks would be a good deal worse than the best of these on most.
+TRIED = ((Damping(1e-2, 1.0), 0.5), (Damping(3e-3, 0.3), 0.0), (Damping(3e-3, 1.0), 1.0), (Damping(3e-2, 1.0), 0.5))
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A draft with BatchNorm folded, the moments of its layers, and which bias is added to each weight's output."""
+
+    draft: Draft
+    found: Mapping[str, Moments]
+    biases: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight ready to be quantized at any c; `bias` names what takes up the mean of its output's error."""
+
+    name: str
+    weight: Array  # [groups, rows, n], in the DCT domain where `transformed`
+    metric: Metric
+    means: Array  # [groups, n] of the inputs
+    shape: tuple[int, ...]
+    transformed: bool
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that does not depend on c: layers with their metrics, and biases with the step that one unit of c gives."""
+
+    draft: Draft
+    layers: list[Layer]
+    shifts: dict[str, float] = field(default_factory=dict)
+
+    def at(self, c: float, rate: float = 0.5) -> Draft:
+        """The draft quantized with the global step c."""
+        trees: dict[str, Tree] = {}
+        biases = {name: dense_array(self.draft.tensors[name]).astype(np.float64) for name in self.shifts}
+        for layer in self.layers:
+            steps = waterfilled(layer.metric, c, math.prod(layer.shape[2:]))
+            dense = steps.dense()
+            q = levels(layer.weight, layer.metric, dense, rate)
+            trees[layer.name] = tree_of(q, steps, layer.shape, layer.transformed)
+            if layer.bias is not None:
+                lost = ((layer.weight - q * dense) @ layer.means[..., None]).reshape(-1)
+                biases[layer.bias] += lost.numpy()
+        for name, unit in self.shifts.items():
+            trees[name] = rounded(biases[name], c * unit)
+        return self.draft.with_trees(trees)
+
+
+@dataclass(frozen=True)
+class Waterfill:
+    """The stage: quantize at the global step `c`, from the moments of `samples` training inputs."""
+
+    c: float = 0.003
+    rate: float = 0.5
+    samples: int = 1024
+    damping: Damping = field(default_factory=Damping)
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        with one_thread():
+            return prepare(gather(draft, task, self.samples), self.damping).at(self.c, self.rate)
+
+
+def to_size(gathered: Gathered, most: int, task: Task | None, coding: Coding | None = None) -> Draft:
+    """The draft whose file takes at most `most` bytes and nearly all of them.
+
+    With a task, each of `TRIED` is brought to the size, and the one whose outputs on training inputs stay closest to
+    the unquantized network's is taken.
+    """
+    found = []
+    c = 0.003 if task else 0.1
+    for damping, rate in progress(TRIED if task else TRIED[:1], "quantizing", len(TRIED)):
+        prepared, files = prepare(gathered, damping), dict[float, Draft]()
+
+        def size_at(c: float, prepared: Prepared = prepared, rate: float = rate) -> int:
+            files[c] = prepared.at(c, rate)  # noqa: B023 (used before the loop goes on)
+            return artifact_of(files[c], coding).nbytes
+
+        c = from_below(size_at, most, c)
+        found.append(files[c])
+    if task is None:
+        return found[0]
+    x = task.calibration(512)
+    wanted = _outputs(gathered.draft, x)
+    return min(found, key=lambda draft: _distance(wanted, _outputs(draft, x)))
+
+
+def to_drop(gathered: Gathered, points: float, task: Task, coding: Coding | None = None) -> Draft:
+    """The smallest file found whose metric on the task's data for choosing falls by at most `points`, from its bytes."""
+    data, prepared = task.held(), prepare(gathered)
+    floor = task.score(data, gathered.draft.module()) - points / 100
+    best, low, high = None, 1e-6, 0.1
+    for _ in range(9):
+        c = math.sqrt(low * high)
+        draft = prepared.at(c)
+        if task.score(data, load(artifact_of(draft, coding).to_bytes()).into(draft.model)) >= floor:
+            best, low = draft, c
+        else:
+            high = c
+    if best is None:
+        raise ValueError(f"a drop of {points} points cannot be met: the finest step that was tried loses more")
+    return best
+
+
+def _outputs(draft: Draft, x: Array) -> Array:
+    with torch.no_grad(), one_thread():
+        model = draft.module().eval()
+        return torch.cat([model(part) for part in x.split(64)])  # type: ignore[no-untyped-call]
+
+
+def _distance(wanted: Array, found: Array) -> float:
+    """Mean Kullback-Leibler divergence of the predictions for class scores, else the mean squared difference."""
+    if wanted.dim() != 2:
+        return float((wanted - found).square().mean())
+    p, q = wanted.double().log_softmax(1), found.double().log_softmax(1)
+    return float((p.exp() * (p - q)).sum(1).mean())
+
+
+def rounded(values: np.ndarray, step: float) -> Tree:
+    """Values at multiples of a step, or as fp16 floats where levels would not be fewer bits."""
+    step = float(np.float32(step))
+    q = np.rint(values / step) if step > 0 else np.full(values.shape, np.inf)
+    if not np.abs(q).max(initial=0) < 2048:
+        return values.astype(np.float16).astype(np.float32)
+    return Uniform(narrowed(q.astype(np.int32)), np.array(step, np.float32))
+
+
+def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
+    """Fold BatchNorm and gather the moments; without a task there are none, and every metric is the identity."""
+    if task is None or draft.model is None:
+        return Gathered(draft, {}, {})
+    x = task.calibration(samples)
+    draft, biases = folded(draft, x[: min(len(x), 8)])
+    return Gathered(draft, moments(draft.module(), x, task), biases)
+
+
+def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
+    """Damp and factor the moments of every layer."""
+    draft, found, biases = gathered.draft, gathered.found, gathered.biases
+    layers, shifts = [], {}
+    with one_thread():
+        for name in draft.weights():
+            w = dense_array(draft.tensors[name])
+            if w.size >= SMALL:
+                bias = biases.get(name) if name in found else None
+                layers.append(_layer(name, torch.from_numpy(w).double(), found.get(name), damping or Damping(), bias))
+    feeding = {bias: weight for weight, bias in biases.items()}
+    for name in sorted(draft.trainable & set(draft.tensors)):
+        tensor = draft.tensors[name]
+        if len(tensor.tree.shape) != 1 or "float" not in tensor.dtype or np.ptp(dense_array(tensor)) == 0:
+            continue
+        shifts[name] = 0.0  # kept as fp16
+        if name in feeding and feeding[name] in found:
+            # A constant input would get c / sqrt(mean G); biases are few, so they get a quarter of that.
+            shifts[name] = 0.25 / float(found[feeding[name]].outputs.diagonal().mean().sqrt() + 1e-30)
+    return Prepared(draft, layers, shifts)
+
+
+def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: str | None) -> Layer:
+    shape, groups = tuple(w.shape), 1 if known is None else len(known.inputs)
+    flat = w.reshape(groups, shape[0] // groups, -1)
+    n = flat.shape[2]
+    if known is None:
+        rows = flat.square().mean(2)
+        a, means = torch.eye(n, dtype=torch.double)[None], torch.zeros(1, n, dtype=torch.double)
+        weights = 1 / (rows + rows.mean()).clamp_min(1e-30)
+    else:
+        a, means, g = known.inputs, known.means, known.outputs.diagonal().reshape(groups, -1)
+        weights = (g + damping.rows * g.mean()).clamp_min(1e-30)
+        if bias is not None:  # the bias takes up the mean of the error, which leaves the covariance to the weights
+            a = a - means[:, :, None] * means[:, None]
+    transformed = spatial(shape)
+    if transformed:
+        t = torch.from_numpy(np.kron(np.eye(shape[1]), kernel_transform(shape)))
+        flat, a, means = flat @ t.T, t @ a @ t.T, means @ t.T
+    if known is not None:
+        # The sums were made of float32 products, so a part of the raw second moment is noise and must be covered too.
+        raw = 1e-5 * known.inputs.diagonal(dim1=1, dim2=2).mean(1)
+        mean = a.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
+        a = a + (damping.inputs * (mean + 1e-3 * mean.mean()) + raw + 1e-12)[:, None, None] * torch.eye(n)
+    return Layer(name, flat, Metric(_factor(a), weights), means, shape, transformed, bias)
+
+
+def _factor(a: Array) -> Array:
+    """Lower Cholesky factors, the diagonal raised until there are some."""
+    extra = 0.0
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(a + extra * torch.eye(a.shape[-1], dtype=a.dtype))
+        if not failed.any():
+            return factor
+        extra = max(10 * extra, 1e-8 * float(a.diagonal(dim1=1, dim2=2).mean()))
+
+
+def folded(draft: Draft, x: Array) -> tuple[Draft, dict[str, str]]:
+    """BatchNorm as scale and shift, its scale moved into the convolution that feeds it, where outputs stay the same.
+
+    Also tells, for each weight, the name of the bias or shift that is added to its output.
+
+    Which layer feeds which is seen in one forward pass; the folded network's outputs on `x` are compared with the
+    original's, and where they differ by more than rounding nothing is folded.
+    """
+    model = draft.module()
+    biases = {name: own for name in draft.weights() if (own := name.removesuffix("weight") + "bias") in draft.tensors}
+    feeds = _feeds(model, x)
+    if not feeds:
+        return draft, biases
+    with torch.no_grad():
+        before = model.eval()(x)
+    trees: dict[str, Tree] = {}
+    layers = dict(model.named_modules())
+    shared: dict[tuple[int, float], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for norm_name, conv_name in feeds.items():
+        norm, weight = layers[norm_name], dense_array(draft.tensors[f"{conv_name}.weight"])
+        if f"{norm_name}.weight" not in draft.tensors or f"{conv_name}.bias" in draft.tensors:
+            continue
+        gamma, beta, mean, var = (
+            dense_array(draft.tensors[f"{norm_name}.{part}"]).astype(np.float64)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / np.sqrt(var + norm.eps)
+        size = len(scale)
+        ones = shared.setdefault(
+            (size, norm.eps),
+            (np.ones(size, np.float32), np.zeros(size, np.float32), np.full(size, 1 - norm.eps, np.float32)),
+        )
+        trees[f"{conv_name}.weight"] = (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
+        trees[f"{norm_name}.bias"] = (beta - mean * scale).astype(np.float32)
+        for part, value in zip(("weight", "running_mean", "running_var"), ones):
+            trees[f"{norm_name}.{part}"] = value
+    after = tied_constants(draft.with_trees(trees))
+    with torch.no_grad():
+        off = (after.module().eval()(x) - before).abs().max()
+    if float(off) > 1e-3 * float(before.abs().max()) + 1e-6:
+        return draft, biases
+    return after, biases | {f"{feeds[n]}.weight": f"{n}.bias" for n in feeds if f"{n}.bias" in trees}
+
+
+def tied_constants(draft: Draft) -> Draft:
+    """The draft with equal buffers and norms stored once: after folding most hold the same constants."""
+    first: dict[tuple[str, tuple[int, ...], bytes], artifact.Tensor] = {}
+    tensors = {}
+    for name, tensor in draft.tensors.items():
+        if isinstance(tensor.tree, np.ndarray) and tensor.tree.ndim < 2:
+            key = (tensor.dtype, tensor.tree.shape, tensor.tree.tobytes())
+            tensor = first.setdefault(key, tensor)
+        tensors[name] = tensor
+    return replace(draft, tensors=tensors)
+
+
+def _feeds(model: nn.Module, x: Array) -> dict[str, str]:
+    """For each BatchNorm in evaluation form, the convolution or linear layer whose output it takes, both used once."""
+    made: dict[int, str] = {}
+    kept: list[Array] = []
+    feeds: dict[str, str] = {}
+    calls: dict[str, int] = {}
+
+    def layer_hook(name: str) -> object:
+        def hook(layer: nn.Module, given: tuple[Array, ...], out: Array) -> None:
+            made[id(out)] = name
+            kept.append(out)  # keeps the id from being used again
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    def norm_hook(name: str) -> object:
+        def hook(layer: nn.Module, given: tuple[Array, ...], out: Array) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if id(given[0]) in made:
+                feeds[name] = made[id(given[0])]
+
+        return hook
+
+    handles = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.track_running_stats:
+            handles.append(layer.register_forward_hook(norm_hook(name)))  # type: ignore[arg-type]
+        elif isinstance(layer, nn.Conv2d | nn.Linear):
+            handles.append(layer.register_forward_hook(layer_hook(name)))  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.eval()(x)
+    for handle in handles:
+        handle.remove()
+    return {norm: layer for norm, layer in feeds.items() if calls[norm] == calls[layer] == 1}
