@@ -1,7 +1,8 @@
 """Deep Compression on the Caffe LeNets: bytes of the whole file and accuracy of the reopened one, stage by stage.
 
-Run: make bench NAME=deep_compression (about ten minutes for each network on one core). Retraining sees MNIST's training
-split alone, shifted by up to two pixels; the test split is measured once for each row. The paper's figures stand beside.
+Run: make bench NAME=deep_compression (about ten minutes for each network on one core). Retraining sees the
+training split alone, shifted by up to two pixels; the test split is measured once for each row. The paper's files
+stand beside.
 """
 
 import time

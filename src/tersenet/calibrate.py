@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tersenet.task import Task, one_thread, progress
 
 BATCH = 16
+FLATTER = 2.0  # temperature of the distribution that labels are drawn from
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ def moments(model: nn.Module, inputs: Tensor, task: Task, labels: int = 4, seed:
 
     The model is read in evaluation mode and left as it was. Tied weights gather what all their layers see.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    layers: dict[str, nn.Module] = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
+    }
     batches = list(enumerate(inputs.split(BATCH)))  # type: ignore[no-untyped-call]
     training = model.training
     model.eval()
@@ -111,11 +114,18 @@ def _batch_sums(
 
 
 def _sampled_loss(outputs: Tensor, task: Task, generator: torch.Generator) -> Tensor:
-    """Minus the log-likelihood of outputs drawn from the model: classes for cross entropy, else unit Gaussians."""
+    """Minus the log-likelihood of outputs drawn from the model: classes for cross entropy, else unit Gaussians.
+
+    Classes are drawn from the flatter softmax(z / 2) and weighted back by the root of the ratio of the two (squared
+    gradients then have the right mean): a network that is sure of its training data would hardly ever draw the rare
+    classes that carry most of its Fisher information.
+    """
     if task.loss is F.cross_entropy:
         scores = outputs.movedim(1, -1).reshape(-1, outputs.shape[1])
-        drawn = torch.multinomial(scores.detach().softmax(1), 1, generator=generator)[:, 0]
-        return F.cross_entropy(scores, drawn, reduction="sum")
+        sure, flat = scores.detach().log_softmax(1), (scores.detach() / FLATTER).softmax(1)
+        drawn = torch.multinomial(flat, 1, generator=generator)
+        weight = (0.5 * (sure - flat.log()).gather(1, drawn)[:, 0]).exp()
+        return (weight * F.cross_entropy(scores, drawn[:, 0], reduction="none")).sum()
     return (outputs * torch.randn(outputs.shape, generator=generator)).sum()
 
 
@@ -135,7 +145,9 @@ def input_moments(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         flat = x.reshape(-1, x.shape[-1])
         share = len(x) / len(flat)
         return (flat.T @ flat).double()[None] * share, flat.double().sum(0)[None] * share
-    x = F.pad(x, layer._reversed_padding_repeated_twice, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    x = F.pad(
+        x, layer._reversed_padding_repeated_twice, "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    )
     groups, channels = layer.groups, layer.in_channels // layer.groups
     if layer.kernel_size == (1, 1):
         x = x[:, :, :: layer.stride[0], :: layer.stride[1]]

@@ -227,8 +227,9 @@ class Transformed(Packed):
     def unpack(self) -> Array:
         coefficients = unpack(self.coefficients)
         xp = namespace(coefficients)
-        rows, columns = (xp.asarray(dct(n).astype(np.float32)) for n in self.shape[-2:])
-        return rows.T @ coefficients @ columns
+        height, width = self.shape[-2:]
+        kernel = xp.asarray(np.kron(dct(height), dct(width)).astype(np.float32))
+        return (coefficients.reshape(-1, height * width) @ kernel).reshape(self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:

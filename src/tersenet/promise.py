@@ -1,5 +1,6 @@
 """`compress`: run a recipe over a task or bare arrays, keep to the budget, prove the file by opening it again."""
 
+import copy
 import math
 import sys
 import time
@@ -25,16 +26,16 @@ def compress(
 ) -> Result:
     """Turn a task's model, or named arrays, into an `Artifact`, and measure it from the reopened file.
 
-    Without a recipe the network is quantized, output-aware and without retraining, to the budget: exactly from below for
-    a size or a ratio, and for a drop to the coarsest step whose metric on the task's data for choosing keeps the floor.
-    The default budget is a drop of half a point, or, where there are only arrays, a ratio of 8.
+    Without a recipe the network is quantized, output-aware and without retraining, to the budget: from below for a size
+    or a ratio, and for a drop to the coarsest step whose metric on the task's data for choosing keeps the floor. The
+    default budget is a drop of half a point, or, where there are only arrays, a ratio of 8.
 
     `folder` keeps the stages' results, so that a run that was stopped goes on (default: the user's cache folder).
     Raises `PromiseBroken` where the budget is not met or the file is not smaller than its input, ValueError for input
     that cannot be compressed. The task's model is left as it was.
     """
     begun = time.monotonic()
-    task = source if isinstance(source, Task) else None
+    task = replace(source, model=copy.deepcopy(source.model)) if isinstance(source, Task) else None
     draft = Draft.of_model(task.model) if task else Draft.of_arrays(source)  # type: ignore[arg-type]
     original = dict(draft.tensors)
     before = task.score(task.test) if task and task.test is not None else None
@@ -49,8 +50,6 @@ def compress(
         after = None
         if task is not None and before is not None:
             after = task.score(task.test, load(data).into(draft.model))
-        if task is not None:
-            artifact_of(replace(draft, tensors=original)).into(task.model)
     result = Result(artifact, before, after, time.monotonic() - begun)
     # A drop without a recipe was kept on the data for choosing; what the test split says is reported beside it.
     _keep_promise(result, None if recipe is None and budget and budget.drop is not None else budget, artifact)

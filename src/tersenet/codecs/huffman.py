@@ -97,11 +97,11 @@ def _decode_slowly(
     for i in range(out.size):
         if at >= end:
             return -2
-        symbol = int(table[windows[at]])
-        if symbol < 0:
+        found = int(table[windows[at]])
+        if found < 0:
             return -2
-        out[i] = symbol
-        at += int(lengths[symbol])
+        out[i] = found
+        at += int(lengths[found])
     return -2 if at > end or end - at >= 8 or stream[at:].any() else out.size
 
 

@@ -59,13 +59,19 @@ class Reader:
         return self.data[self.at - count : self.at]
 
     def byte(self) -> int:
-        return self.take(1)[0]
+        if self.at >= len(self.data):
+            raise FormatError("the data ends early")
+        self.at += 1
+        return self.data[self.at - 1]
 
     def number(self, limit: int = 1 << 63) -> int:
         """A LEB128 integer below `limit`, in its shortest form."""
         value = shift = 0
         while True:
             byte = self.byte()
+            if byte < 128 and not shift:
+                value = byte
+                break
             value |= (byte & 127) << shift
             if byte < 128:
                 break

@@ -14,7 +14,7 @@ from tersenet.packed import Array, Packed, Transformed, dct
 
 
 def spatial(shape: tuple[int, ...]) -> bool:
-    """Whether a weight of this shape has kernels that a DCT can act on: [outputs, inputs, height, width] above 1 x 1."""
+    """Whether a weight of this shape, [outputs, inputs, height, width], has kernels that a DCT can act on."""
     return len(shape) == 4 and shape[2] * shape[3] > 1
 
 

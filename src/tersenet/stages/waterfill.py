@@ -1,9 +1,9 @@
 """Output-aware quantization of a whole network without retraining: one global step in the Fisher metric.
 
 The step of weight (i, j) of a layer is c r_i / (sqrt(mean G) L_jj): A = L L^T from the layer's inputs in the DCT domain
-of its kernels, G from its output gradients, r_i the damped inverse root of G_ii. One number, c, sets size and accuracy of
-the whole network and so settles what each layer and row gets. BatchNorm is first folded to a scale and a shift, and its
-scale into the convolution before it; the shifts and all biases are quantized by the same rule.
+of its kernels, G from its output gradients, r_i the damped inverse root of G_ii. One number, c, sets size and accuracy
+of the whole network and so settles what each layer and row gets. BatchNorm is first folded to a scale and a shift, and
+its scale into the convolution before it; the shifts and all biases are quantized by the same rule.
 """
 
 import math
@@ -19,7 +19,7 @@ from tersenet import artifact
 from tersenet.allocators.lagrange import from_below
 from tersenet.artifact import Coding, load
 from tersenet.calibrate import Moments, moments
-from tersenet.methods.feedback import Metric, Steps, levels, tree_of, waterfilled
+from tersenet.methods.feedback import Metric, levels, tree_of, waterfilled
 from tersenet.methods.transform import kernel_transform, spatial
 from tersenet.packed import Tree, Uniform, narrowed
 from tersenet.recipe import Draft, artifact_of, dense_array
@@ -38,7 +38,13 @@ class Damping:
 
 # What is tried where a size is to be met, with how much a bit weighs against distortion; what stays closest to the
 # network's outputs wins. One choice for all networks would be a good deal worse than the best of these on most.
-TRIED = ((Damping(1e-2, 1.0), 0.5), (Damping(3e-3, 0.3), 0.0), (Damping(3e-3, 1.0), 1.0), (Damping(3e-2, 1.0), 0.5))
+TRIED = (
+    (Damping(1e-2, 1.0), 0.0),
+    (Damping(1e-2, 1.0), 1.0),
+    (Damping(3e-3, 1.0), 1.0),
+    (Damping(3e-3, 0.3), 0.0),
+    (Damping(3e-2, 1.0), 0.5),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,10 @@ class Prepared:
 
     def at(self, c: float, rate: float = 0.5) -> Draft:
         """The draft quantized with the global step c."""
+        with one_thread():
+            return self._at(c, rate)
+
+    def _at(self, c: float, rate: float) -> Draft:
         trees: dict[str, Tree] = {}
         biases = {name: dense_array(self.draft.tensors[name]).astype(np.float64) for name in self.shifts}
         for layer in self.layers:
@@ -113,21 +123,23 @@ def to_size(gathered: Gathered, most: int, task: Task | None, coding: Coding | N
     for damping, rate in progress(TRIED if task else TRIED[:1], "quantizing", len(TRIED)):
         prepared, files = prepare(gathered, damping), dict[float, Draft]()
 
-        def size_at(c: float, prepared: Prepared = prepared, rate: float = rate) -> int:
-            files[c] = prepared.at(c, rate)  # noqa: B023 (used before the loop goes on)
+        def size_at(
+            c: float, prepared: Prepared = prepared, rate: float = rate, files: dict[float, Draft] = files
+        ) -> int:
+            files[c] = prepared.at(c, rate)
             return artifact_of(files[c], coding).nbytes
 
         c = from_below(size_at, most, c)
         found.append(files[c])
     if task is None:
         return found[0]
-    x = task.calibration(512)
+    x = task.calibration(1024)
     wanted = _outputs(gathered.draft, x)
     return min(found, key=lambda draft: _distance(wanted, _outputs(draft, x)))
 
 
 def to_drop(gathered: Gathered, points: float, task: Task, coding: Coding | None = None) -> Draft:
-    """The smallest file found whose metric on the task's data for choosing falls by at most `points`, from its bytes."""
+    """The smallest file found whose metric, on the task's data for choosing, falls by at most `points`."""
     data, prepared = task.held(), prepare(gathered)
     floor = task.score(data, gathered.draft.module()) - points / 100
     best, low, high = None, 1e-6, 0.1
@@ -225,6 +237,7 @@ def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: s
 def _factor(a: Array) -> Array:
     """Lower Cholesky factors, the diagonal raised until there are some."""
     extra = 0.0
+    factor: Array
     while True:
         factor, failed = torch.linalg.cholesky_ex(a + extra * torch.eye(a.shape[-1], dtype=a.dtype))
         if not failed.any():

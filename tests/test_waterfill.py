@@ -1,0 +1,240 @@
+"""Output-aware quantization: its moments, its recursion, its allocator and its budgets."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_stages import Net, make_task
+from torch import nn
+
+import tersenet as tn
+from tersenet.allocators.lagrange import Lagrange, Option, from_below
+from tersenet.artifact import load
+from tersenet.calibrate import input_moments, moments
+from tersenet.methods.feedback import Metric, Steps, levels, waterfilled
+from tersenet.methods.transform import KernelDCT
+from tersenet.packed import Transformed, unpack
+from tersenet.promise import compress
+from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of
+from tersenet.stages.waterfill import folded, gather, prepare, to_size
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task()
+
+
+@pytest.fixture(scope="module")
+def gathered(task):
+    own = replace(task, model=copy.deepcopy(task.model))
+    return gather(Draft.of_model(own.model), own, 256)
+
+
+def problem(rows=8, n=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3 * n, generator=generator, dtype=torch.double) * torch.linspace(0.2, 3, n)[:, None]
+    a = x @ x.T / (3 * n) + 0.5 * x.mean() ** 2
+    metric = Metric(torch.linalg.cholesky(a)[None], torch.ones(1, rows, dtype=torch.double))
+    return torch.randn(1, rows, n, generator=generator, dtype=torch.double), metric
+
+
+def cost(error, metric):
+    return float(((error @ metric.factor).square().sum(2) * metric.rows).sum())
+
+
+@pytest.mark.parametrize(
+    "layer,shape",
+    [
+        (nn.Linear(6, 4), (5, 6)),
+        (nn.Linear(6, 4), (5, 3, 6)),
+        (nn.Conv2d(4, 6, 3, padding=1, stride=2), (3, 4, 9, 8)),
+        (nn.Conv2d(4, 6, 1, stride=2), (3, 4, 9, 8)),
+        (nn.Conv2d(6, 6, 3, groups=3, padding=(1, 0), dilation=2), (3, 6, 9, 8)),
+        (nn.Conv2d(4, 4, 3, groups=4, padding="same", padding_mode="reflect"), (2, 4, 7, 7)),
+    ],
+)
+def test_moments_are_those_of_the_unrolled_inputs(layer, shape):
+    """The mean over positions of squared outputs is w A w^T, and of outputs w mean, for any weight."""
+    x = torch.randn(shape)
+    a, mean = input_moments(layer, x)
+    layer.bias.data.zero_()
+    y = layer(x).double()
+    axis = 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1
+    y = y.movedim(axis, -1).reshape(len(x), -1, y.shape[axis])
+    groups = len(a)
+    w = layer.weight.detach().double().reshape(groups, y.shape[2] // groups, -1)
+    squares = torch.einsum("gri,gij,grj->gr", w, a, w).reshape(-1)
+    assert torch.allclose(y.square().mean(1).sum(0), squares, rtol=1e-4)
+    assert torch.allclose(y.mean(1).sum(0), (w @ mean[..., None]).reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_moments_are_the_same_at_any_number_of_threads(task, monkeypatch):
+    found = []
+    for cores in (1, 2):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        torch.set_num_threads(cores)
+        found.append(moments(task.model, task.calibration(100), task))
+    for name, one in found[0].items():
+        two = found[1][name]
+        assert torch.equal(one.inputs, two.inputs) and torch.equal(one.outputs, two.outputs)
+    assert set(found[0]) == {"conv.weight", "first.weight", "second.weight", "last.weight"}
+
+
+def test_with_a_diagonal_metric_feedback_is_rounding():
+    w, metric = problem()
+    flat = Metric(torch.diag_embed(metric.factor.diagonal(dim1=1, dim2=2)), metric.rows)
+    steps = torch.full_like(w, 0.3)
+    assert torch.equal(levels(w, flat, steps, 0.0), torch.round(w / 0.3))
+
+
+def test_feedback_costs_less_than_rounding_in_the_metric():
+    won = 0
+    for seed in range(10):
+        w, metric = problem(seed=seed)
+        steps = torch.full_like(w, 0.5)
+        fed = cost(w - levels(w, metric, steps, 0.0) * steps, metric)
+        won += fed < cost(w - torch.round(w / steps) * steps, metric)
+    assert won == 10
+
+
+def test_blocks_change_nothing_in_the_recursion(monkeypatch):
+    w, metric = problem(n=150)
+    steps = torch.full_like(w, 0.4)
+    whole = levels(w, metric, steps, 0.0)
+    monkeypatch.setattr("tersenet.methods.feedback.BLOCK", 7)
+    assert (levels(w, metric, steps, 0.0) != whole).double().mean() < 1e-3
+
+
+def test_waterfilled_steps_cost_what_they_promise_and_pricing_bits_makes_levels_smaller():
+    w, metric = problem(rows=30, n=60)
+    steps = waterfilled(metric, 0.05, 1)
+    dense = steps.dense()
+    free, priced = (levels(w, metric, dense, rate) for rate in (0.0, 1.0))
+    assert cost(w - free * dense, metric) == pytest.approx(0.05**2 / 12 * w.numel(), rel=0.3)
+    assert priced.abs().sum() < free.abs().sum()
+
+
+def test_steps_fall_on_the_grid():
+    steps = Steps(0.5, np.zeros((1, 2), np.int8), np.array([[0], [2]], np.int8), np.array([[0, -1]], np.int8))
+    assert np.allclose(steps.dense()[0, 0].numpy(), [0.5, 0.5 / np.sqrt(2), 1.0, 1 / np.sqrt(2)])
+
+
+def test_the_kernel_transform_keeps_squared_errors():
+    w = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    tree = KernelDCT().pack(w)
+    assert isinstance(tree, Transformed)
+    assert np.square(tree.coefficients).sum() == pytest.approx(np.square(w).sum(), rel=1e-5)
+    assert np.allclose(unpack(tree), w, atol=1e-5)
+    assert KernelDCT().pack(w[:, :, :1, :1]).shape == (4, 3, 1, 1)
+
+
+def test_folding_keeps_the_outputs_and_the_norms_become_constants(task):
+    x = task.test[0][:50]
+    before = task.model.eval()(x)
+    draft, biases = folded(Draft.of_model(copy.deepcopy(task.model)), x[:8])
+    after = load(artifact_of(draft).to_bytes()).into(Net()).eval()(x)
+    assert torch.allclose(before, after, atol=1e-4)
+    assert biases["conv.weight"] == "norm.bias" and biases["last.weight"] == "last.bias"
+    assert (np.asarray(draft.tensors["norm.weight"].tree) == 1).all()
+
+
+def test_a_finer_step_errs_less_and_takes_more(gathered, task):
+    prepared = prepare(gathered)
+    sizes, errors = [], []
+    for c in (0.02, 0.005, 0.001):
+        artifact = artifact_of(prepared.at(c), original=prepared.draft.tensors)
+        sizes.append(artifact.nbytes)
+        errors.append(artifact.tensors["first.weight"].error)
+    assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
+
+
+def test_a_size_is_met_exactly_from_below_and_nearly_used_up(task):
+    for size in (4_000, 9_000):
+        result = compress(task, budget=Budget(size=size))
+        assert 0.97 * size <= result.artifact.nbytes <= size
+        assert result.after == task.score(task.test, load(result.artifact.to_bytes()).into(Net()))
+    with pytest.raises(ValueError, match="cannot be met"):
+        compress(task, budget=Budget(size=300))
+
+
+def test_a_drop_is_met_on_the_data_for_choosing(task):
+    result = compress(task, budget=Budget(drop=1.0))
+    model = load(result.artifact.to_bytes()).into(Net())
+    assert task.score(task.held(), model) >= task.score(task.held()) - 0.01
+    assert result.artifact.nbytes < 0.2 * 4 * 19_000
+
+
+def test_arrays_alone_are_quantized_to_a_ratio():
+    rng = np.random.default_rng(0)
+    state = {f"{i}.weight": (rng.normal(size=(90, 80)) * 10.0**-i).astype(np.float32) for i in range(3)}
+    state["0.bias"] = rng.normal(size=80).astype(np.float32)
+    result = compress(state, budget=Budget(ratio=8))
+    assert 7.9 < 4 * (3 * 7200 + 80) / result.artifact.nbytes < 8.4
+    errors = [t.error for t in result.artifact.tensors.values() if t.error is not None]
+    assert max(errors) < 0.2
+    with pytest.raises((ValueError, PromiseBroken)):
+        compress(state, budget=Budget(drop=1.0))
+
+
+def test_the_same_network_makes_the_same_file_at_any_number_of_threads(task, monkeypatch):
+    found = set()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        monkeypatch.setattr("os.cpu_count", lambda threads=threads: threads)
+        own = replace(task, model=copy.deepcopy(task.model))
+        draft = to_size(gather(Draft.of_model(own.model), own, 200), 8_000, own)
+        found.add(artifact_of(draft).to_bytes())
+    assert len(found) == 1
+
+
+def test_the_allocator_keeps_the_budget_and_equals_brute_force_on_four_tensors():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        options = {}
+        for name in "abcd":
+            bits = np.sort(rng.choice(np.arange(10, 200), 4, replace=False))
+            slopes = np.sort(rng.random(3))[::-1]
+            losses = 10 - np.concatenate([[0], np.cumsum(slopes * np.diff(bits) / 50)])
+            options[name] = [Option(int(b), float(v)) for b, v in zip(bits, losses, strict=True)]
+        least, most = (sum(pick(o.bits for o in os) for os in options.values()) for pick in (min, max))
+        for budget in np.linspace(least, most, 5):
+            chosen = Lagrange().allocate(options, budget)
+            total = [sum(getattr(options[n][i], f) for n, i in chosen.items()) for f in ("bits", "loss")]
+            best = min(
+                sum(options[n][i].loss for n, i in zip("abcd", picks, strict=True))
+                for picks in itertools.product(range(4), repeat=4)
+                if sum(options[n][i].bits for n, i in zip("abcd", picks, strict=True)) <= budget
+            )
+            assert total[0] <= budget and total[1] == pytest.approx(best)
+            few = Lagrange(frontier=8).allocate(options, budget)
+            assert sum(options[n][i].bits for n, i in few.items()) <= budget
+    with pytest.raises(ValueError, match="cannot be met"):
+        Lagrange().allocate({"a": [Option(10, 1.0)]}, 5)
+
+
+def test_the_search_for_a_step_ends_below_the_budget():
+    for most in (500, 5_000, 50_000):
+        sizes = []
+
+        def size_at(c, sizes=sizes):
+            sizes.append(int(8_000 * max(0.1, 3 - np.log(c))))
+            return sizes[-1]
+
+        if most < 800:
+            with pytest.raises(ValueError, match="cannot be met"):
+                from_below(size_at, most, 0.01)
+        else:
+            c = from_below(size_at, most, 0.01)
+            assert 0.985 * most <= size_at(c) <= most and len(sizes) < 10
+
+
+def test_without_a_recipe_the_command_quantizes(tmp_path):
+    from test_cli import terse
+
+    np.savez(tmp_path / "net.npz", w=np.random.default_rng(0).normal(size=(100, 100)).astype(np.float32))
+    terse("compress", tmp_path / "net.npz", "--ratio", 8, "-o", tmp_path / "n.terse")
+    assert 4800 < (tmp_path / "n.terse").stat().st_size <= 5000
+    assert isinstance(tn.load(tmp_path / "n.terse")["w"].q, np.ndarray)
