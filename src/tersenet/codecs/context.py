@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersenet import native
-from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, shaped, unzigzag, zigzag
+from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, unzigzag, zigzag
 
 LEVELS, FLAGS, DEPTH, PEAK = 24, 14, 32, 255
 TRIAL = 1 << 18  # integers that are looked at to choose the model of a larger array
@@ -171,10 +171,13 @@ class Context:
         model = Model.read(reader, len(shape))
         if math.prod(shape) == 0:
             raise FormatError("an empty array is not arithmetic-coded")
-        levels: Ints = decode_matrix(reader.rest(), model, model.shape(shape), low, high)
+        info = np.iinfo(np.uint8 if dtype == np.bool_ else dtype)
+        if low + origin < info.min or high + origin > (1 if dtype == np.bool_ else info.max) or origin >= 1 << 30:
+            raise FormatError(f"a stream holds values that {dtype} cannot")
+        levels = decode_matrix(reader.rest(), model, model.shape(shape), low, high)
         if origin:
-            levels = levels.astype(np.int64) + origin
-        return shaped(model.array(levels, shape), shape, dtype)
+            levels += np.int32(origin)
+        return model.array(levels, shape).astype(dtype)
 
 
 def _shortest(low: int, span: int) -> int:

@@ -18,6 +18,7 @@ from tersenet.codecs.stream import FormatError, Ints, Reader, Unsuited, flat32, 
 SCALE = 12
 SLOTS = 1 << SCALE
 FLOOR = 1 << 16
+_BOTH = np.array([byte & 15 | byte >> 4 << 8 for byte in range(256)], "<u2")  # a pair's two nibbles as bytes
 MOST_LANES = 32
 
 
@@ -176,8 +177,7 @@ class RansPairs:
         reader, count = Reader(data), math.prod(shape)
         low = unzigzag(reader.number(1 << 32))
         pairs = decode_bytes(reader, (count + 1) // 2)
-        nibbles = np.empty(2 * pairs.size, np.uint8)
-        nibbles[::2], nibbles[1::2] = pairs & 15, pairs >> 4
+        nibbles = _BOTH[pairs].view(np.uint8)
         if count % 2 and nibbles[-1] != nibbles[-2]:
             raise FormatError("a stream of pairs has a value too many")
         return shaped(_raised(nibbles[:count], low, dtype), shape, dtype)
@@ -187,6 +187,8 @@ def _raised(symbols: NDArray[np.uint8], low: int, dtype: np.dtype[Any]) -> Ints:
     """Symbols plus offset, without widening where the type holds them all."""
     if dtype.kind in "iu" and symbols.size:
         info = np.iinfo(dtype)
+        if info.min <= low and low + 255 <= info.max and not low:
+            return symbols.astype(dtype, copy=False)
         if info.min <= low and low + int(symbols.max()) <= info.max:
             raised: Ints = symbols.astype(dtype) + np.array(low).astype(dtype)
             return raised
