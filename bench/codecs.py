@@ -22,9 +22,11 @@ from scipy.stats import norm
 from table import ROOT, real_data, write
 
 from tersenet import native
-from tersenet.codecs import CODECS
+from tersenet.codecs import CODECS, rans
+from tersenet.codecs.stream import Reader
 
 N = 1 << 22
+PATHS = ("portable", "AVX2", "AVX-512")
 
 
 def median(action, rounds=7):
@@ -90,6 +92,10 @@ def measure():
                 continue
             size, spent = of_codec(codec, values)
             rows.append(row(name, codec, size, entropy, spent, times))
+        for path in range(native.simd()):
+            data = rans.encode_bytes(values)
+            spent = (spent[0], median(lambda data=data, path=path: rans.decode_bytes(Reader(data), N, path)))
+            rows.append(row(name, f"rans, {PATHS[path]} path", len(data), entropy, spent, times))
     return rows
 
 
@@ -191,4 +197,4 @@ if __name__ == "__main__":
     rows = measure() + loading()
     if os.environ.get("NNC_PYTHON"):
         rows += against_the_iso_codec(os.environ["NNC_PYTHON"])
-    write("codecs", rows, 0, simd={0: "portable", 1: "AVX2", 2: "AVX-512"}[native.simd()])
+    write("codecs", rows, 0, simd=PATHS[native.simd()])

@@ -25,10 +25,11 @@ HIGHEST = 32767.0
 class Metric:
     """What an error in a layer's weights costs: L [groups, n, n] lower Cholesky factors of A, weight of each row.
 
-    The cost of an error E [groups, rows, n] is half the sum of `rows` times the squared rows of E L.
+    The cost of an error E [groups, rows, n] is half the sum of `rows` times the squared rows of E L. Where nothing is
+    known of the inputs, `factor` is None and L the identity.
     """
 
-    factor: Tensor
+    factor: Tensor | None
     rows: Tensor  # [groups, rows of a group]
 
 
@@ -55,7 +56,10 @@ def waterfilled(metric: Metric, c: float, places: int) -> Steps:
 
     `places` is how many columns belong to one input channel: the size of the kernel.
     """
-    diagonal = metric.factor.diagonal(dim1=1, dim2=2).numpy()
+    if metric.factor is None:
+        diagonal, places = np.ones((1, 1)), 1  # one step for all columns of a row
+    else:
+        diagonal = metric.factor.diagonal(dim1=1, dim2=2).numpy()
     group = np.exp(np.log(diagonal).mean(1, keepdims=True))  # [groups, 1]: a group's own scale goes to its rows
     columns = -2 * np.log2(diagonal / group).mean(0).reshape(-1, places)
     channels = np.rint(columns.mean(1, keepdims=True))
@@ -74,9 +78,11 @@ def levels(w: Tensor, metric: Metric, steps: Tensor, rate: float) -> Tensor:
     is rounding.
     """
     factor, n = metric.factor, w.shape[2]
+    price = rate * math.log(2) / 6
+    if factor is None:
+        return chosen(w / steps, price)
     whitened = w @ factor
     q = torch.zeros_like(w)
-    price = rate * math.log(2) / 6
     for end in range(n, 0, -BLOCK):
         begin = max(0, end - BLOCK)
         inside = factor[:, begin:end, begin:end]
@@ -113,7 +119,7 @@ def tree_of(q: Tensor, steps: Steps, shape: tuple[int, ...], transformed: bool) 
     """The tree of a layer's levels: `Uniform` with row and column steps, under a `Transformed` where it is a DCT."""
     single = (1,) * (len(shape) - 1)
     kernel = shape[2:] if steps.places.size > 1 else (1,) * len(shape[2:])
-    channels = steps.channels.reshape(1, shape[1], *single[1:])
+    channels = steps.channels.reshape(1, -1, *single[1:])
     places = steps.places.reshape(1, 1, *kernel) if len(shape) > 2 else steps.places
     levels_ = narrowed(q.numpy().astype(np.int32).reshape(shape))
     parts = tuple(part for part in (steps.rows.reshape(shape[0], *single), channels, places) if part.any())

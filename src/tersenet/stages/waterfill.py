@@ -213,25 +213,26 @@ def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: s
     shape, groups = tuple(w.shape), 1 if known is None else len(known.inputs)
     flat = w.reshape(groups, shape[0] // groups, -1)
     n = flat.shape[2]
+    transformed = spatial(shape)
+    t = torch.from_numpy(kernel_transform(shape)) if transformed else torch.eye(1, dtype=torch.double)
+    k = len(t)
+    flat = (flat.reshape(-1, k) @ t.T).reshape(flat.shape)
     if known is None:
         rows = flat.square().mean(2)
-        a, means = torch.eye(n, dtype=torch.double)[None], torch.zeros(1, n, dtype=torch.double)
-        weights = 1 / (rows + rows.mean()).clamp_min(1e-30)
-    else:
-        a, means, g = known.inputs, known.means, known.outputs.diagonal().reshape(groups, -1)
-        weights = (g + damping.rows * g.mean()).clamp_min(1e-30)
-        if bias is not None:  # the bias takes up the mean of the error, which leaves the covariance to the weights
-            a = a - means[:, :, None] * means[:, None]
-    transformed = spatial(shape)
-    if transformed:
-        t = torch.from_numpy(np.kron(np.eye(shape[1]), kernel_transform(shape)))
-        flat, a, means = flat @ t.T, t @ a @ t.T, means @ t.T
-    if known is not None:
-        # The sums were made of float32 products, so a part of the raw second moment is noise and must be covered too.
-        raw = 1e-5 * known.inputs.diagonal(dim1=1, dim2=2).mean(1)
-        mean = a.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
-        a = a + (damping.inputs * (mean + 1e-3 * mean.mean()) + raw + 1e-12)[:, None, None] * torch.eye(n)
-    return Layer(name, flat, Metric(_factor(a), weights), means, shape, transformed, bias)
+        metric = Metric(None, 1 / (rows + rows.mean()).clamp_min(1e-30))
+        return Layer(name, flat, metric, torch.zeros(1, n, dtype=torch.double), shape, transformed, None)
+    g = known.outputs.diagonal().reshape(groups, -1)
+    a, means = known.inputs, known.means
+    if bias is not None:  # the bias takes up the mean of the error, which leaves the covariance to the weights
+        a = a - means[:, :, None] * means[:, None]
+    a = torch.einsum("pk,gikjl,ql->gipjq", t, a.reshape(groups, n // k, k, n // k, k), t).reshape(groups, n, n)
+    means = (means.reshape(-1, k) @ t.T).reshape(groups, n)
+    # The sums were made of float32 products, so a part of the raw second moment is noise and must be covered too.
+    raw = 1e-5 * known.inputs.diagonal(dim1=1, dim2=2).mean(1)
+    mean = a.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
+    a = a + (damping.inputs * (mean + 1e-3 * mean.mean()) + raw + 1e-12)[:, None, None] * torch.eye(n)
+    metric = Metric(_factor(a), (g + damping.rows * g.mean()).clamp_min(1e-30))
+    return Layer(name, flat, metric, means, shape, transformed, bias)
 
 
 def _factor(a: Array) -> Array:
