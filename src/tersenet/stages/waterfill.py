@@ -128,7 +128,8 @@ def to_size(gathered: Gathered, most: int, task: Task | None, coding: Coding | N
             c: float, prepared: Prepared = prepared, rate: float = rate, files: dict[float, Draft] = files
         ) -> int:
             files[c] = prepared.at(c, rate)
-            return artifact_of(files[c], coding).nbytes
+            errors = 3 * (len(prepared.layers) + len(prepared.shifts))  # bytes that the measured errors will add
+            return artifact_of(files[c], coding).nbytes + errors
 
         c = from_below(size_at, most, c)
         found.append(files[c])
