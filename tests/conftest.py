@@ -1,6 +1,7 @@
 """Shared fixtures: real data where it lies beside the project, trees of every node, and the NumPy twins."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def both(request, monkeypatch):
     elif native.library() is None:
         pytest.skip("no C core was built")
     return request.param
+
+
+def fresh_process(script, *arguments, check=True, **environment):
+    """What a script prints in a fresh Python process, with names of this folder importable."""
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)} | environment
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert not check or done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def floats(*shape, seed=0):

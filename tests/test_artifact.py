@@ -4,14 +4,12 @@ import multiprocessing
 import os
 import signal
 import struct
-import subprocess
-import sys
 import time
 import zlib
 
 import numpy as np
 import pytest
-from conftest import floats, small_files, trees
+from conftest import floats, fresh_process, small_files, trees
 
 from tersenet import FormatError, load
 from tersenet.artifact import Artifact, Coding, Tensor, errors_against, write_atomically
@@ -156,9 +154,9 @@ def test_bombs_are_refused_in_little_memory(name, file, tmp_path):
         "except tersenet.FormatError:\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip(), "the bomb was not refused"
-    assert int(done.stdout) < 64 * 1024
+    grown = fresh_process(script, path)
+    assert grown.strip(), "the bomb was not refused"
+    assert int(grown) < 64 * 1024
 
 
 def test_a_caller_may_allow_more():
@@ -271,8 +269,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         "try:\n    Artifact({'w': Tensor(np.random.rand(5000))}).save(sys.argv[1])\n"
         "except OSError as wrong:\n    print('refused', wrong.errno)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("refused"), done.stderr
+    assert fresh_process(script, path, check=False).startswith("refused")
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -288,8 +285,7 @@ def test_loading_opens_nothing_else_and_runs_no_code(tmp_path):
         "tersenet.load(sys.argv[1]).unpack()\n"
         "print([e for e, a in events if not (e == 'open' and str(a[0]) == sys.argv[1])])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert fresh_process(script, path).strip() == "[]"
 
 
 def test_the_same_tensors_make_the_same_bytes_in_any_process():
@@ -299,14 +295,7 @@ def test_the_same_tensors_make_the_same_bytes_in_any_process():
     )
     found = set()
     for threads, hashes in (("1", "0"), ("2", "1"), ("2", "random")):
-        env = os.environ | {
-            "OMP_NUM_THREADS": threads,
-            "PYTHONHASHSEED": hashes,
-            "PYTHONPATH": os.path.dirname(__file__),
-        }
-        found.add(
-            subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
-        )
+        found.add(fresh_process(script, OMP_NUM_THREADS=threads, PYTHONHASHSEED=hashes))
     assert len(found) == 1
 
 

@@ -1,11 +1,9 @@
 """Who may import whom (docs/architecture.md), and a file in a process without torch."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
-from conftest import trees
+from conftest import fresh_process, trees
 
 from tersenet.artifact import Artifact, Tensor
 
@@ -57,5 +55,4 @@ def test_a_file_loads_and_unpacks_where_torch_cannot_be_imported(tmp_path):
         "artifact = tersenet.load(sys.argv[1])\n"
         "print(len(artifact.unpack()), str(artifact).count('bits'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout.split()[0]) == len(trees())
+    assert int(fresh_process(script, path).split()[0]) == len(trees())

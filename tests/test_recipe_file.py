@@ -6,6 +6,7 @@ import tersenet as tn
 from tersenet.methods import chain
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.sparse import Magnitude
+from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.recipe_file import find_recipe, parse_recipe
 from tersenet.stages.pack import Pack
@@ -14,7 +15,7 @@ from tersenet.stages.prune import Prune
 TEXT = """
 stages:
   - prune: {density: 0.05, rounds: 8, layers: [[conv1.weight, 0.5]]}
-  - pack: {method: [{magnitude: {density: 0.5}}, kmeans], other: [["conv*", {uniform: {bits: 6}}]]}
+  - pack: {method: [kernel-dct, {magnitude: {density: 0.5}}, kmeans], other: [["conv*", {uniform: {bits: 6}}]]}
   - narrow
 """
 
@@ -24,7 +25,7 @@ def test_a_list_of_stages_becomes_a_recipe(tmp_path):
     path.write_text(TEXT)
     prune, pack, _ = find_recipe(str(path), seed=3)
     assert prune == Prune(0.05, 8, layers=(("conv1.weight", 0.5),), seed=3)
-    assert pack == Pack(chain(Magnitude(0.5), KMeans()), other=(("conv*", Uniform(6)),))
+    assert pack == Pack(chain(KernelDCT(), Magnitude(0.5), KMeans()), other=(("conv*", Uniform(6)),))
 
 
 def test_a_paper_takes_its_settings():

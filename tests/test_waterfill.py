@@ -155,7 +155,9 @@ def test_a_size_is_met_exactly_from_below_and_nearly_used_up(task):
     for size in (4_000, 9_000):
         result = compress(task, budget=Budget(size=size))
         assert 0.97 * size <= result.artifact.nbytes <= size
-        assert result.after == task.score(task.test, load(result.artifact.to_bytes()).into(Net()))
+        again = load(result.artifact.to_bytes())
+        assert result.after == task.score(task.test, again.into(Net()))
+        assert again.meta["metric"] == round(result.after, 6)
     with pytest.raises(ValueError, match="cannot be met"):
         compress(task, budget=Budget(size=300))
 
@@ -188,6 +190,16 @@ def test_the_same_network_makes_the_same_file_at_any_number_of_threads(task, mon
         draft = to_size(gather(Draft.of_model(own.model), own, 200), 8_000, own)
         found.add(artifact_of(draft).to_bytes())
     assert len(found) == 1
+
+
+def test_a_ratio_is_to_the_weights_that_were_given_though_folding_ties_the_norms():
+    torch.manual_seed(0)
+    blocks = [m for _ in range(5) for m in (nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())]
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), *blocks, nn.Flatten(), nn.Linear(16 * 36, 4))
+    x, y = torch.randn(120, 3, 8, 8), torch.randint(0, 4, (120,))
+    result = compress(tn.Task(net, (x, y)), budget=Budget(ratio=9))
+    given = sum(t.numel() for t in net.state_dict().values())
+    assert 0.97 * 4 * given / 9 <= result.artifact.nbytes <= 4 * given / 9
 
 
 def test_the_allocator_keeps_the_budget_and_equals_brute_force_on_four_tensors():

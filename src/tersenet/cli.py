@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tersenet.artifact import Artifact, load
+from tersenet.artifact import load
 from tersenet.codecs import FormatError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -56,10 +56,6 @@ def compress_command(
     if job is None:
         raise ValueError("nothing to compress: give a SOURCE file, or --task with your model")
     result = compress(job, find_recipe(recipe, seed) if recipe else None, budget)
-    if result.after is not None:
-        result.artifact.meta["metric"] = round(result.after, 6)
-        result = type(result)(Artifact(result.artifact.tensors, result.artifact.coding, result.artifact.meta),
-                              result.before, result.after, result.seconds)  # fmt: skip
     result.artifact.save(output)
     typer.echo(str(result))
     typer.echo(f"wrote {output} ({result.artifact.nbytes:,} bytes). Next: terse verify {output}")

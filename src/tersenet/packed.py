@@ -228,7 +228,7 @@ class Transformed(Packed):
         coefficients = unpack(self.coefficients)
         xp = namespace(coefficients)
         height, width = self.shape[-2:]
-        kernel = xp.asarray(np.kron(dct(height), dct(width)).astype(np.float32))
+        kernel = xp.asarray(kernel_dct(height, width).astype(np.float32))
         return (coefficients.reshape(-1, height * width) @ kernel).reshape(self.shape)
 
     @property
@@ -252,6 +252,11 @@ def dct(n: int) -> Array:
     matrix = np.sqrt(2 / max(n, 1)) * np.cos(np.pi * k * (2 * i + 1) / (2 * max(n, 1)))
     matrix[:1] /= np.sqrt(2)
     return matrix
+
+
+def kernel_dct(height: int, width: int) -> Array:
+    """The two-dimensional DCT-II matrix [height * width] squared: coefficients = matrix @ kernel, both in C order."""
+    return np.kron(dct(height), dct(width))
 
 
 def unpack(tree: Tree) -> Array:

@@ -15,6 +15,8 @@ from tersenet.recipe import Budget, Draft, PromiseBroken, Recipe, Result, artifa
 from tersenet.stages.waterfill import gather, to_drop, to_size
 from tersenet.task import Task, one_thread
 
+METRIC_BYTES = 24  # what the measured metric adds to a file, at most
+
 
 def compress(
     source: Task | Mapping[str, Array],
@@ -28,7 +30,8 @@ def compress(
 
     Without a recipe the network is quantized, output-aware and without retraining, to the budget: from below for a size
     or a ratio, and for a drop to the coarsest step whose metric on the task's data for choosing keeps the floor. The
-    default budget is a drop of half a point, or, where there are only arrays, a ratio of 8.
+    default budget is a drop of half a point, or, where there are only arrays, a ratio of 8. A metric that was measured
+    is kept in the file's notes as "metric", so that `verify` can hold the file to it.
 
     `folder` keeps the stages' results, so that a run that was stopped goes on (default: the user's cache folder).
     Raises `PromiseBroken` where the budget is not met or the file is not smaller than its input, ValueError for input
@@ -38,38 +41,41 @@ def compress(
     task = replace(source, model=copy.deepcopy(source.model)) if isinstance(source, Task) else None
     draft = Draft.of_model(task.model) if task else Draft.of_arrays(source)  # type: ignore[arg-type]
     original = dict(draft.tensors)
+    weights = sum(math.prod(t.tree.shape) for t in {id(t): t for t in original.values()}.values())
     before = task.score(task.test) if task and task.test is not None else None
     with one_thread():
         if recipe is None:
             budget = budget or (Budget(drop=0.5) if task else Budget(ratio=8))
-            draft = quantized(draft, task, budget, coding)
+            most = budget.bytes_for(weights)
+            if most is not None and before is not None:
+                most -= METRIC_BYTES
+            draft = quantized(draft, task, budget, most, coding)
         else:
             draft = run(draft, task, recipe, Path(folder) if folder else cache_folder(), _log)
         artifact = artifact_of(draft, coding, original)
-        data = artifact.to_bytes()
         after = None
         if task is not None and before is not None:
-            after = task.score(task.test, load(data).into(draft.model))
+            after = task.score(task.test, load(artifact.to_bytes()).into(draft.model))
+            artifact = Artifact(artifact.tensors, artifact.coding, {"metric": round(after, 6)})
     result = Result(artifact, before, after, time.monotonic() - begun)
     # A drop without a recipe was kept on the data for choosing; what the test split says is reported beside it.
-    _keep_promise(result, None if recipe is None and budget and budget.drop is not None else budget, artifact)
+    _keep_promise(result, None if recipe is None and budget and budget.drop is not None else budget, weights)
     return result
 
 
-def quantized(draft: Draft, task: Task | None, budget: Budget, coding: Coding | None = None) -> Draft:
+def quantized(draft: Draft, task: Task | None, budget: Budget, most: int | None, coding: Coding | None = None) -> Draft:
     """The draft quantized without retraining so that its file keeps the budget."""
-    weights = sum(math.prod(t.tree.shape) for t in {id(t): t for t in draft.tensors.values()}.values())
     usable = task if task is not None and task.train is not None else None
     gathered = gather(draft, usable)
-    if (most := budget.bytes_for(weights)) is not None:
+    if most is not None:
         return to_size(gathered, most, usable, coding)
     if usable is None or budget.drop is None:
         raise ValueError("a drop is measured on data: give Task(train=...), or a size or ratio")
     return to_drop(gathered, budget.drop, usable, coding)
 
 
-def _keep_promise(result: Result, budget: Budget | None, artifact: Artifact) -> None:
-    weights = sum(row.weights for row in artifact.ledger())
+def _keep_promise(result: Result, budget: Budget | None, weights: int) -> None:
+    artifact = result.artifact
     if artifact.nbytes >= 4 * weights + 64 * len(artifact.tensors) + 64:
         raise PromiseBroken(f"the file has {artifact.nbytes:,} bytes, no less than the {4 * weights:,} of its input")
     if budget is None:

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from tersenet.methods import Chain, Method
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.sparse import Magnitude
+from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
 from tersenet.recipe import Recipe
@@ -31,7 +32,7 @@ from tersenet.stages.prune import Prune
 from tersenet.stages.waterfill import Waterfill
 
 STAGES: dict[str, type] = {"prune": Prune, "pack": Pack, "finetune": Finetune, "narrow": Narrow, "waterfill": Waterfill}
-METHODS: dict[str, type] = {"magnitude": Magnitude, "kmeans": KMeans, "uniform": Uniform}
+METHODS: dict[str, type] = {"magnitude": Magnitude, "kmeans": KMeans, "uniform": Uniform, "kernel-dct": KernelDCT}
 
 
 def find_recipe(name: str, seed: int | None = None) -> Recipe:

@@ -10,17 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from tersenet.packed import Array, Packed, Transformed, dct
+from tersenet.packed import Array, Packed, Transformed, kernel_dct
 
 
 def spatial(shape: tuple[int, ...]) -> bool:
     """Whether a weight of this shape, [outputs, inputs, height, width], has kernels that a DCT can act on."""
     return len(shape) == 4 and shape[2] * shape[3] > 1
-
-
-def kernel_transform(shape: tuple[int, ...]) -> Array:
-    """The matrix T [kernel, kernel] with coefficients = T @ kernel, kernels flattened in C order."""
-    return np.kron(dct(shape[2]), dct(shape[3]))
 
 
 @dataclass(frozen=True)
@@ -33,5 +28,5 @@ class KernelDCT:
         w = np.asarray(w)
         if not spatial(w.shape):
             return w
-        rows, columns = dct(w.shape[2]), dct(w.shape[3])
-        return Transformed((rows @ w.astype(np.float64) @ columns.T).astype(np.float32))
+        matrix = kernel_dct(*w.shape[2:])
+        return Transformed((w.reshape(-1, len(matrix)) @ matrix.T).reshape(w.shape).astype(np.float32))

@@ -20,8 +20,8 @@ from tersenet.allocators.lagrange import from_below
 from tersenet.artifact import Coding, load
 from tersenet.calibrate import Moments, moments
 from tersenet.methods.feedback import Metric, levels, tree_of, waterfilled
-from tersenet.methods.transform import kernel_transform, spatial
-from tersenet.packed import Tree, Uniform, narrowed
+from tersenet.methods.transform import spatial
+from tersenet.packed import Tree, Uniform, kernel_dct, narrowed
 from tersenet.recipe import Draft, artifact_of, dense_array
 from tersenet.task import Task, one_thread, progress
 
@@ -78,12 +78,9 @@ class Prepared:
     layers: list[Layer]
     shifts: dict[str, float] = field(default_factory=dict)
 
+    @one_thread()
     def at(self, c: float, rate: float = 0.5) -> Draft:
         """The draft quantized with the global step c."""
-        with one_thread():
-            return self._at(c, rate)
-
-    def _at(self, c: float, rate: float) -> Draft:
         trees: dict[str, Tree] = {}
         biases = {name: dense_array(self.draft.tensors[name]).astype(np.float64) for name in self.shifts}
         for layer in self.layers:
@@ -216,7 +213,7 @@ def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: s
     flat = w.reshape(groups, shape[0] // groups, -1)
     n = flat.shape[2]
     transformed = spatial(shape)
-    t = torch.from_numpy(kernel_transform(shape)) if transformed else torch.eye(1, dtype=torch.double)
+    t = torch.from_numpy(kernel_dct(*shape[2:])) if transformed else torch.eye(1, dtype=torch.double)
     k = len(t)
     flat = (flat.reshape(-1, k) @ t.T).reshape(flat.shape)
     if known is None:
@@ -293,12 +290,13 @@ def folded(draft: Draft, x: Array) -> tuple[Draft, dict[str, str]]:
 
 
 def tied_constants(draft: Draft) -> Draft:
-    """The draft with equal buffers and norms stored once: after folding most hold the same constants."""
+    """The draft with equal constant vectors stored once, as folding leaves them; others may yet become different."""
     first: dict[tuple[str, tuple[int, ...], bytes], artifact.Tensor] = {}
     tensors = {}
     for name, tensor in draft.tensors.items():
-        if isinstance(tensor.tree, np.ndarray) and tensor.tree.ndim < 2:
-            key = (tensor.dtype, tensor.tree.shape, tensor.tree.tobytes())
+        tree = tensor.tree
+        if isinstance(tree, np.ndarray) and tree.ndim < 2 and tree.size and np.ptp(tree) == 0:
+            key = (tensor.dtype, tree.shape, tree.tobytes())
             tensor = first.setdefault(key, tensor)
         tensors[name] = tensor
     return replace(draft, tensors=tensors)
