@@ -7,7 +7,7 @@ its scale into the convolution before it; the shifts and all biases are quantize
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -199,10 +199,12 @@ def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
     feeding = {bias: weight for weight, bias in biases.items()}
     for name in sorted(draft.trainable & set(draft.tensors)):
         tensor = draft.tensors[name]
-        if len(tensor.tree.shape) != 1 or "float" not in tensor.dtype or np.ptp(dense_array(tensor)) == 0:
+        if len(tensor.tree.shape) != 1 or "float" not in tensor.dtype:
             continue
-        shifts[name] = 0.0  # kept as fp16
-        if name in feeding and feeding[name] in found:
+        known = name in feeding and feeding[name] in found
+        if known or np.ptp(dense_array(tensor)) > 0:
+            shifts[name] = 0.0  # kept as fp16
+        if known:
             # A constant input would get c / sqrt(mean G); biases are few, so they get a quarter of that.
             shifts[name] = 0.25 / float(found[feeding[name]].outputs.diagonal().mean().sqrt() + 1e-30)
     return Prepared(draft, layers, shifts)
@@ -262,7 +264,7 @@ def folded(draft: Draft, x: Array) -> tuple[Draft, dict[str, str]]:
         before = model.eval()(x)
     trees: dict[str, Tree] = {}
     layers = dict(model.named_modules())
-    shared: dict[tuple[int, float], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    constants: list[str] = []
     for norm_name, conv_name in feeds.items():
         norm, weight = layers[norm_name], dense_array(draft.tensors[f"{conv_name}.weight"])
         if f"{norm_name}.weight" not in draft.tensors or f"{conv_name}.bias" in draft.tensors:
@@ -272,16 +274,12 @@ def folded(draft: Draft, x: Array) -> tuple[Draft, dict[str, str]]:
             for part in ("weight", "bias", "running_mean", "running_var")
         )
         scale = gamma / np.sqrt(var + norm.eps)
-        size = len(scale)
-        ones = shared.setdefault(
-            (size, norm.eps),
-            (np.ones(size, np.float32), np.zeros(size, np.float32), np.full(size, 1 - norm.eps, np.float32)),
-        )
         trees[f"{conv_name}.weight"] = (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
         trees[f"{norm_name}.bias"] = (beta - mean * scale).astype(np.float32)
-        for part, value in zip(("weight", "running_mean", "running_var"), ones):
-            trees[f"{norm_name}.{part}"] = value
-    after = tied_constants(draft.with_trees(trees))
+        for part, value in (("weight", 1), ("running_mean", 0), ("running_var", 1 - norm.eps)):
+            trees[f"{norm_name}.{part}"] = np.full(len(scale), value, np.float32)
+            constants.append(f"{norm_name}.{part}")
+    after = tied(draft.with_trees(trees), constants)
     with torch.no_grad():
         off = (after.module().eval()(x) - before).abs().max()
     if float(off) > 1e-3 * float(before.abs().max()) + 1e-6:
@@ -289,16 +287,13 @@ def folded(draft: Draft, x: Array) -> tuple[Draft, dict[str, str]]:
     return after, biases | {f"{feeds[n]}.weight": f"{n}.bias" for n in feeds if f"{n}.bias" in trees}
 
 
-def tied_constants(draft: Draft) -> Draft:
-    """The draft with equal constant vectors stored once, as folding leaves them; others may yet become different."""
+def tied(draft: Draft, names: Iterable[str]) -> Draft:
+    """The draft with those of the named tensors that are equal stored once."""
     first: dict[tuple[str, tuple[int, ...], bytes], artifact.Tensor] = {}
-    tensors = {}
-    for name, tensor in draft.tensors.items():
-        tree = tensor.tree
-        if isinstance(tree, np.ndarray) and tree.ndim < 2 and tree.size and np.ptp(tree) == 0:
-            key = (tensor.dtype, tree.shape, tree.tobytes())
-            tensor = first.setdefault(key, tensor)
-        tensors[name] = tensor
+    tensors = dict(draft.tensors)
+    for name in names:
+        array = dense_array(tensors[name])
+        tensors[name] = first.setdefault((tensors[name].dtype, array.shape, array.tobytes()), tensors[name])
     return replace(draft, tensors=tensors)
 
 
