@@ -374,3 +374,11 @@ int64_t terse_rans_decode(const uint8_t *in, int64_t length, const uint16_t *fre
         if (x[l] != 1u << 16) return TERSE_EDATA;
     return p == end ? n : TERSE_EDATA;
 }
+
+int64_t terse_rans_split(const uint8_t *in, int64_t n, uint8_t *out) {
+    for (int64_t i = 0; i < n; i++) {
+        out[2 * i] = in[i] & 15;
+        out[2 * i + 1] = in[i] >> 4;
+    }
+    return 2 * n;
+}

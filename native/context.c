@@ -2,224 +2,400 @@
 
 #include <string.h>
 
-/* The same walk serves encoder and decoder: `bit` codes or decodes one binary decision. A 64-bit range that is renewed
- * 32 bits at a time keeps the renewal rare (one branch in about 30 decisions) and the subdivision exact. */
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+/* A value is one letter of an adaptive alphabet of 16 (magnitudes 0..7, then half octaves, then "128 and more") with its
+ * sign, and even bits for what the letter leaves open. Two alphabets, chosen by what lies around the value, are mixed.
+ * One comparison of all ends finds the letter, so that nothing has to be guessed and the processor never starts again;
+ * what is left is waiting for one result after the other, so two streams are decoded in turns.
+ * The entropy coder is rANS: a 64-bit state, 32-bit words, shares in 1/65536. It codes backwards what was modelled
+ * forwards, so the encoder lists (start, share) first. */
 
 #define LEVELS 24 /* contexts of predicted magnitude */
-#define FLAGS 14  /* "greater than k" decisions before the Exp-Golomb remainder */
-#define DEPTH 32  /* Exp-Golomb prefix contexts */
-#define PEAK 255  /* magnitudes above count as this much in the predictions */
+#define LEFTS 4   /* contexts of the left neighbour's magnitude: 0, 1, 2, 3 and more */
+#define LETTERS 16
+#define EXACT 8  /* letters below stand for one magnitude */
+#define TAIL 128 /* the last letter stands for magnitudes from here */
+#define COUNTS 512 /* after so many symbols the rate stays */
+#define PEAK 255 /* magnitudes above count as this much in the predictions */
+
+#define INLINE static inline __attribute__((always_inline)) /* else the state lives in memory, at half the speed */
 
 typedef struct {
-    uint16_t fast, slow;
-    uint32_t count;
-} estimate;
+    _Alignas(32) int16_t share[LETTERS]; /* of all letters up to this one, in 1/32768; that of the last is 32767 */
+    int32_t count;
+} alphabet;
 
 typedef struct {
-    estimate significant[LEVELS], sign[9], greater[LEVELS][FLAGS], prefix[DEPTH];
-} estimates;
-
-typedef struct {
-    uint64_t low, range, code;
-    uint8_t *out;
-    const uint8_t *in;
-    int64_t at, length; /* encoder: bytes written, capacity; decoder: bytes asked for, bytes there */
-    int32_t failed;
+    uint64_t state;
+    const uint8_t *in, *end;
+    uint32_t *list; /* encoder: start in the low half, share in the high half */
+    int64_t listed, capacity;
 } coder;
 
-static inline void adapt(estimate *e, int32_t bit, const uint16_t *rates, int32_t fast, int32_t slow) {
-    int32_t target = bit ? 65535 - 16 : 16, rate = rates[e->count];
-    int32_t quick = rate > fast ? rate : fast, calm = rate > slow ? rate : slow;
-    e->fast = (uint16_t)(e->fast + ((target - e->fast) * quick >> 16));
-    e->slow = (uint16_t)(e->slow + ((target - e->slow) * calm >> 16));
-    e->count += e->count < 255;
+/* The least magnitude of each letter. */
+static const uint8_t FLOOR[LETTERS] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, TAIL};
+
+static int32_t letter_of(uint32_t size) {
+    if (size < EXACT) return (int32_t)size;
+    if (size >= TAIL) return LETTERS - 1;
+    int32_t letter = EXACT;
+    while (size >= FLOOR[letter + 1]) letter++;
+    return letter;
 }
 
-static inline uint32_t chance(const estimate *e) { return ((uint32_t)e->fast + e->slow) >> 1; }
+INLINE void list(coder *c, uint32_t start, uint32_t share) {
+    if (c->listed < c->capacity) c->list[c->listed] = start | share << 16;
+    c->listed++;
+}
 
-static void carry(coder *c) {
-    for (int64_t k = c->at - 1; k >= 0 && ++c->out[k] == 0; k--) {
+INLINE void narrow(coder *c, uint32_t slot, uint32_t start, uint32_t share) {
+    c->state = share * (c->state >> 16) + slot - start;
+    /* A word is taken up rarely, so the branch is mostly guessed right. Without words the state runs down to 0. */
+    if (__builtin_expect(c->state >> 32 == 0, 0) && c->in != c->end) {
+        c->state = c->state << 32 | (uint32_t)c->in[0] | (uint32_t)c->in[1] << 8 | (uint32_t)c->in[2] << 16 |
+                   (uint32_t)c->in[3] << 24;
+        c->in += 4;
     }
 }
 
-static inline void put(coder *c, uint32_t p, int32_t bit) {
-    uint64_t bound = (c->range >> 16) * p;
-    if (bit) {
-        c->range = bound;
+INLINE uint32_t code_bits(coder *c, uint32_t value, uint32_t bits, const int32_t decode) {
+    if (bits == 0) return 0;
+    uint32_t share = 1u << (16 - bits), slot = (uint32_t)(c->state & 0xffff);
+    if (decode) {
+        value = slot >> (16 - bits);
+        narrow(c, slot, value * share, share);
     } else {
-        c->low += bound;
-        c->range -= bound;
-        if (c->low < bound) carry(c);
+        list(c, value * share, share);
     }
-    if (c->range >> 32 == 0) {
-        if (c->length - c->at < 4) {
-            c->failed = 1;
-            c->at = 0;
-        }
-        for (int32_t b = 0; b < 4; b++) c->out[c->at++] = (uint8_t)(c->low >> (56 - 8 * b));
-        c->low <<= 32;
-        c->range <<= 32;
-    }
+    return value;
 }
 
-static uint32_t next_word(coder *c) {
-    uint32_t word = 0;
-    for (int32_t b = 0; b < 4; b++, c->at++) word = word << 8 | (c->at < c->length ? c->in[c->at] : 0);
-    return word;
+/* The value above TAIL: the length of value + 1 in five bits, then its lower bits. */
+static __attribute__((noinline)) uint32_t code_tail(coder *c, uint32_t value, const int32_t decode) {
+    uint32_t bits = decode ? 0 : 31 - (uint32_t)__builtin_clz(value + 1);
+    bits = code_bits(c, bits, 5, decode);
+    if (bits > 29) return 1u << 30; /* over every limit */
+    uint32_t high = bits > 15 ? bits - 15 : 0, top = 0, low;
+    top = code_bits(c, (value + 1) >> 15 & ((1u << high) - 1), high, decode);
+    low = code_bits(c, (value + 1) & ((1u << (bits - high)) - 1), bits - high, decode);
+    return (1u << bits | top << 15 | low) - 1;
 }
 
-static inline __attribute__((always_inline)) void renew(coder *c) {
-    if (__builtin_expect(c->range >> 32 == 0, 0)) {
-        c->code = c->code << 32 | next_word(c);
-        c->range <<= 32;
+typedef struct {
+    alphabet near[LEVELS][LEFTS], far[LEVELS];
+    int32_t sign[9]; /* share of "negative" in 1/65536 */
+    int16_t rate[COUNTS]; /* in 1/32768, after so many symbols */
+    uint16_t next[COUNTS];
+    uint8_t open[LETTERS];  /* even bits that tell a letter's magnitudes apart */
+    int32_t both[LETTERS], minus[LETTERS]; /* all ones where the letter occurs with either sign; only with minus */
+} estimates;
+
+/* Fills ends[0..15] with what the letters' parts end at, less one, in 1/32768; ends[-1] is -1. Returns the letter that slot falls in. */
+INLINE int32_t mix(const alphabet *a, const alphabet *b, int32_t slot, int16_t *ends) {
+#if defined(__AVX2__)
+    const __m256i place = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m256i last = _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32767);
+    __m256i sum = _mm256_add_epi16(_mm256_load_si256((const __m256i *)a->share), _mm256_load_si256((const __m256i *)b->share));
+    sum = _mm256_add_epi16(_mm256_mulhi_epu16(sum, _mm256_set1_epi16(32768 - LETTERS)), place);
+    sum = _mm256_or_si256(sum, last);
+    _mm256_store_si256((__m256i *)ends, sum);
+    __m256i below = _mm256_cmpgt_epi16(_mm256_set1_epi16((int16_t)slot), sum);
+    return (int32_t)((uint32_t)__builtin_ctz(~(uint32_t)_mm256_movemask_epi8(below)) >> 1);
+#else
+    int32_t letter = 0;
+    for (int32_t k = 0; k < LETTERS; k++) {
+        ends[k] = (int16_t)(((uint32_t)(a->share[k] + b->share[k]) * (32768 - LETTERS) >> 16) + (uint32_t)k);
+        if (k == LETTERS - 1) ends[k] = 32767;
+        letter += slot > ends[k];
     }
+    return letter;
+#endif
 }
 
-static inline __attribute__((always_inline)) int32_t get(coder *c, uint32_t p) {
-    uint64_t bound = (c->range >> 16) * p;
-    int32_t bit = c->code < bound;
-    c->code -= bit ? 0 : bound;
-    c->range = bit ? bound : c->range - bound;
-    renew(c);
-    return bit;
+/* Moves every share by rate / 32768 of its way, rounded: to 32767 from the letter on, to 0 before it. */
+INLINE void learn(alphabet *a, int32_t letter, const estimates *s) {
+#if defined(__AVX2__)
+    const __m256i place = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m256i share = _mm256_load_si256((const __m256i *)a->share), before = _mm256_cmpgt_epi16(_mm256_set1_epi16((int16_t)letter), place);
+    __m256i way = _mm256_sub_epi16(_mm256_andnot_si256(before, _mm256_set1_epi16(32767)), share);
+    way = _mm256_mulhrs_epi16(way, _mm256_set1_epi16(s->rate[a->count]));
+    _mm256_store_si256((__m256i *)a->share, _mm256_add_epi16(share, way));
+#else
+    for (int32_t k = 0; k < LETTERS; k++)
+        a->share[k] = (int16_t)(a->share[k] + ((((k >= letter ? 32767 : 0) - a->share[k]) * s->rate[a->count] + 16384) >> 15));
+#endif
+    a->count = s->next[a->count];
 }
 
-#define CODE(e, value) code_bit(c, rate, e, value, decode, fast, slow)
-
-static inline __attribute__((always_inline)) int32_t code_bit(coder *c, const uint16_t *rate, estimate *e, int32_t bit,
-                                                              const int32_t decode, int32_t fast, int32_t slow) {
-    if (!decode) {
-        put(c, chance(e), bit);
-        adapt(e, bit, rate, fast, slow);
-        return bit;
+static void begin(estimates *s, const terse_model *m) {
+    int32_t most = m->high > -m->low ? m->high : -m->low, last = letter_of((uint32_t)most), least = 32768 >> m->slow;
+    for (int32_t k = 0; k < LETTERS; k++) {
+        s->both[k] = -(k > 0 && FLOOR[k] <= m->high && FLOOR[k] <= -m->low);
+        s->minus[k] = -(FLOOR[k] > m->high);
+        int32_t end = k == last ? most + 1 : k + 1 < LETTERS ? FLOOR[k + 1] : 0;
+        s->open[k] = 0;
+        while (FLOOR[k] + (1 << s->open[k]) < end) s->open[k]++;
     }
-    uint64_t bound = (c->range >> 16) * chance(e);
-    if (c->code < bound) { /* two whole paths: the processor guesses the bit and goes on before it is known */
-        c->range = bound;
-        adapt(e, 1, rate, fast, slow);
-        renew(c);
-        return 1;
-    }
-    c->code -= bound;
-    c->range -= bound;
-    adapt(e, 0, rate, fast, slow);
-    renew(c);
-    return 0;
-}
-
-/* What lies above the last flag: Exp-Golomb of order 0, prefix adaptive, suffix at even odds. */
-static uint32_t remainder_of(coder *c, const uint16_t *rate, estimates *s, uint32_t value, const int32_t decode,
-                             int32_t fast, int32_t slow) {
-    uint32_t bits = 0;
-    if (!decode)
-        while (((uint64_t)value + 1) >> (bits + 1)) bits++;
-    uint32_t prefix = 0;
-    while (prefix < DEPTH - 1 && CODE(&s->prefix[prefix], prefix < bits)) prefix++;
-    uint64_t suffix = 1;
-    for (uint32_t b = prefix; b-- > 0;) {
-        int32_t bit = (int32_t)((value + 1ull) >> b & 1);
-        if (decode) {
-            bit = get(c, 32768);
-        } else {
-            put(c, 32768, bit);
-        }
-        suffix = suffix << 1 | (uint64_t)bit;
-    }
-    return (uint32_t)(suffix - 1);
-}
-
-static inline int32_t sign_class(int32_t v) { return v > 0 ? 2 : v < 0; }
-
-static inline __attribute__((always_inline)) int64_t walk(coder *caller, const terse_model *m, int32_t *values,
-                                                          int32_t *column, const int32_t decode) {
-    if (m->rows < 0 || m->columns < 0 || m->low > 0 || m->high < 0 || m->low < -(1 << 30) || m->high > 1 << 30 ||
-        m->blend < 0 || m->blend > 16 || m->fast > 16 || m->slow > 16 || m->memory > 15 || m->settle > 15)
-        return TERSE_EARGUMENT;
-    coder local = *caller, *c = &local; /* a copy whose address never leaves: its range and code stay in registers */
-    const uint8_t *level_of = m->level;
-    const int32_t blend = m->blend, memory = m->memory, low = m->low, high = m->high;
-    const int64_t rows = m->rows, columns = m->columns;
-    const uint16_t *rate = m->rate;
-    estimates s;
     for (int32_t k = 0; k < LEVELS; k++) {
-        s.significant[k] = (estimate){m->prior[2 * k], m->prior[2 * k], 0};
-        for (int32_t f = 0; f < FLAGS; f++) s.greater[k][f] = (estimate){m->prior[2 * k + 1], m->prior[2 * k + 1], 0};
+        for (int32_t i = 0; i < LETTERS; i++)
+            s->far[k].share[i] = i < last ? (int16_t)m->prior[LETTERS * k + i] : 32767;
+        s->far[k].count = 0;
+        for (int32_t l = 0; l < LEFTS; l++) s->near[k][l] = s->far[k];
     }
-    for (int32_t k = 0; k < 9; k++) s.sign[k] = (estimate){32768, 32768, 0};
-    for (int32_t k = 0; k < DEPTH; k++) s.prefix[k] = (estimate){32768, 32768, 0};
-    const int32_t fast = 65536 >> m->fast, slow = 65536 >> m->slow;
-    /* Mean magnitude along the row, 16 fractional bits; predictions see it without the left neighbour, so that a context
-     * is known before that neighbour is decoded and the processor can work ahead. */
-    int32_t row = 32768, older = 32768;
-    for (int64_t i = 0; i < rows; i++) {
-        int32_t settle = (int32_t)(i < 65536 ? 65536 / (i + 2) : 0), least = 65536 >> m->settle, left = 0;
-        if (settle < least) settle = least;
-        int32_t *line = values + i * columns;
-        for (int64_t j = 0; j < columns; j++) {
-            int32_t mean = i ? column[j] : older, up = i ? line[j - columns] : 0;
-            int32_t predicted = (blend * mean + (16 - blend) * older) >> 12;
-            int32_t level = level_of[predicted < 4095 ? predicted : 4095];
-            int32_t value = decode ? 0 : line[j], size = value < 0 ? -value : value, negative = value < 0;
-            if (CODE(&s.significant[level], size > 0)) {
-                negative = low == 0 ? 0 : high == 0 ? 1 : CODE(&s.sign[3 * sign_class(left) + sign_class(up)], negative);
-                int32_t most = negative ? -low : high, k = 1;
-                while (k < most && k <= FLAGS && CODE(&s.greater[level][k - 1], size > k)) k++;
-                if (k > FLAGS) {
-                    coder lent = local;
-                    uint32_t rest = remainder_of(&lent, rate, &s, (uint32_t)(size - k), decode, fast, slow);
-                    local = lent;
-                    if (rest > (uint32_t)(most - k)) return TERSE_EDATA;
-                    k += (int32_t)rest;
-                }
-                if (decode) {
-                    size = k;
-                    value = negative ? -k : k;
-                }
-            }
-            if (decode) line[j] = value;
-            int32_t seen = (size < PEAK ? size : PEAK) << 16;
-            if (rows > 1) column[j] = mean + (int32_t)((int64_t)(seen - mean) * settle >> 16);
-            older = row;
-            row += (seen - row) >> memory;
-            left = value;
-        }
-        if (c->failed) return TERSE_ERANGE;
+    for (int32_t k = 0; k < 9; k++) s->sign[k] = 32768;
+    for (int32_t n = 0; n < COUNTS; n++) {
+        int32_t rate = 32768 / (n + 16);
+        s->rate[n] = (int16_t)(rate > least ? rate : least);
+        s->next[n] = (uint16_t)(n + (n < COUNTS - 1));
     }
-    *caller = local;
+}
+
+/* One stream on its way: the matrix that it fills, where it is, and what predicts the next value. */
+typedef struct {
+    coder c;
+    estimates *s;
+    terse_model m;
+    int32_t *values, *line, *column; /* line: the row that is being filled; column: mean magnitudes of earlier rows */
+    int32_t *above;                  /* of the row above and, where this row has been, of this row: -1, 0, 1 */
+    int64_t i, j;
+    /* Mean magnitude along the row, 16 fractional bits; the predicted level sees it without the left neighbour
+     * (`older`), which chooses among the alphabets of that level instead. */
+    int32_t row, older, settle, left, beside;
+} lane;
+
+INLINE void begin_row(lane *v) {
+    int32_t least = 65536 >> v->m.settle, settle = (int32_t)(v->i < 65536 ? 65536 / (v->i + 2) : 0);
+    v->settle = settle > least ? settle : least;
+    v->line = v->values + v->i * v->m.columns;
+    v->j = 0;
+    v->left = v->beside = 0;
+}
+
+static int64_t begin_lane(lane *v, coder c, estimates *s, const terse_model *m, int32_t *values, int32_t *work) {
+    if (m->rows < 1 || m->columns < 1 || m->low > 0 || m->high < 0 || m->low < -(1 << 30) || m->high > 1 << 30 ||
+        m->blend < 0 || m->blend > 16 || m->slow < 4 || m->slow > 9 || m->memory < 0 || m->memory > 15 ||
+        m->settle < 0 || m->settle > 15)
+        return TERSE_EARGUMENT;
+    *v = (lane){.c = c, .s = s, .m = *m, .values = values, .column = work, .row = 32768, .older = 32768};
+    v->above = work + m->columns;
+    for (int64_t j = 0; j < m->columns; j++) {
+        work[j] = 32768;
+        work[m->columns + j] = 0;
+    }
+    begin(s, m);
+    begin_row(v);
     return 0;
 }
 
-/* The shortest number in [low, low + range): as many trailing zero bytes as fit. It may pass 2^64, a carry. */
-static uint64_t shortest(uint64_t low, uint64_t range) {
-    for (int32_t bits = 56; bits > 0; bits -= 8) {
-        uint64_t mask = (1ull << bits) - 1, end = (low + mask) & ~mask;
-        if (end - low < range) return end;
+/* One value on its way through the three parts of a step. */
+typedef struct {
+    alphabet *far, *near;
+    int32_t *sign, mean, letter, value, size, minus; /* minus: all ones if the value is negative, else 0 */
+} coding;
+
+INLINE coding predict(const lane *v, const int32_t decode) {
+    const terse_model *m = &v->m;
+    int32_t mean = v->column[v->j];
+    int32_t predicted = (m->blend * mean + (16 - m->blend) * v->older) >> 12;
+    int32_t level = m->level[predicted < 4095 ? predicted : 4095];
+    coding o = {.far = &v->s->far[level], .near = &v->s->near[level][v->beside], .mean = mean};
+    o.sign = &v->s->sign[3 * v->left + v->above[v->j] + 4];
+    if (!decode) {
+        o.value = v->line[v->j];
+        o.minus = -(o.value < 0);
+        o.size = (o.value ^ o.minus) - o.minus;
+        o.letter = letter_of((uint32_t)o.size);
     }
-    return low;
+    return o;
 }
 
-int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint8_t *out, int64_t capacity, int32_t *work) {
-    coder c = {.low = 0, .range = ~0ull, .out = out, .length = capacity};
-    if (capacity < 16) return TERSE_ERANGE;
-    int64_t error = walk(&c, model, (int32_t *)in, work, 0);
-    if (error) return error;
-    uint64_t end = shortest(c.low, c.range);
-    if (end < c.low) carry(&c);
-    if (capacity - c.at < 8) return TERSE_ERANGE;
-    for (int32_t b = 0; b < 8; b++) out[c.at++] = (uint8_t)(end >> (56 - 8 * b));
-    while (c.at > 0 && out[c.at - 1] == 0) c.at--; /* trailing zeros are not written */
-    return c.at;
+/* The letter with its sign. Nothing here depends on a guess. */
+INLINE void code_letter(lane *v, coding *o, int16_t *ends, const int32_t decode) {
+    uint32_t slot = (uint32_t)(v->c.state & 0xffff);
+    int32_t found = mix(o->far, o->near, (int32_t)(slot >> 1), ends);
+    if (decode) o->letter = found;
+    uint32_t start = 2 * (uint32_t)(ends[o->letter - 1] + 1);
+    uint32_t share = 2 * (uint32_t)(ends[o->letter] - ends[o->letter - 1]);
+    uint32_t split = (((share - 2) * (uint32_t)*o->sign >> 16) + 1) & (uint32_t)v->s->both[o->letter];
+    int32_t minus = decode ? -(slot - start < split) : o->minus & v->s->both[o->letter];
+    start += split & ~(uint32_t)minus;
+    share = minus ? split : share - split;
+    if (decode) {
+        narrow(&v->c, slot, start, share);
+        o->minus = minus | v->s->minus[o->letter];
+    } else {
+        list(&v->c, start, share);
+    }
 }
 
-int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *model, int32_t *out, int32_t *work) {
-    coder c = {.range = ~0ull, .in = in, .length = length};
-    if (length && in[length - 1] == 0) return TERSE_EDATA;
-    c.code = (uint64_t)next_word(&c) << 32;
-    c.code |= next_word(&c);
-    int64_t error = walk(&c, model, out, work, 1);
-    if (error) return error;
-    if (c.at < length) return TERSE_EDATA;
-    uint64_t window = 0; /* what the encoder wrote last must be what it would have chosen: one canonical form */
-    for (int64_t k = c.at - 8; k < c.at; k++) window = window << 8 | (k < length ? in[k] : 0);
-    return shortest(window - c.code, c.range) == window ? model->rows * model->columns : TERSE_EDATA;
+/* What the letter leaves open of the magnitude; then everything learns. */
+INLINE void learn_value(lane *v, coding *o, const int32_t decode) {
+    const terse_model *m = &v->m;
+    int32_t both = v->s->both[o->letter], found = o->letter;
+    learn(o->far, o->letter, v->s);
+    learn(o->near, o->letter, v->s);
+    *o->sign += (((o->minus & 65535) - *o->sign) >> 6) & both;
+    if (__builtin_expect(o->letter >= EXACT, 0)) {
+        uint32_t rest = (uint32_t)o->size - FLOOR[o->letter];
+        if (o->letter == LETTERS - 1) {
+            coder lent = v->c; /* a copy whose address is taken, so that v->c need not live in memory */
+            rest = code_tail(&lent, rest, decode);
+            v->c = lent;
+        } else {
+            rest = code_bits(&v->c, rest, v->s->open[o->letter], decode);
+        }
+        found = FLOOR[o->letter] + (int32_t)rest;
+    }
+    if (decode) {
+        o->size = found;
+        o->value = (found ^ o->minus) - o->minus; /* without a branch, which would be guessed wrong */
+        v->line[v->j] = o->value;
+    }
+    int32_t seen = (o->size < PEAK ? o->size : PEAK) << 16;
+    v->column[v->j] = o->mean + (int32_t)((int64_t)(seen - o->mean) * v->settle >> 16);
+    v->older = v->row;
+    v->row += (seen - v->row) >> m->memory;
+    v->left = v->above[v->j] = (o->minus | 1) & -(o->letter > 0);
+    v->beside = o->size < LEFTS - 1 ? o->size : LEFTS - 1;
+    if (++v->j == m->columns) {
+        v->i++;
+        begin_row(v);
+    }
 }
+
+/* To the end of the lane's matrix. */
+static void run_one(lane *a, const int32_t decode) {
+    lane x = *a;
+    _Alignas(32) int16_t ends[2 * LETTERS];
+    ends[LETTERS - 1] = -1;
+    while (x.i < x.m.rows) {
+        coding p = predict(&x, decode);
+        code_letter(&x, &p, ends + LETTERS, decode);
+        learn_value(&x, &p, decode);
+    }
+    *a = x;
+}
+
+/* To the end of the shorter one. The order lets the processor work on both values at once. */
+static void run_two(lane *a, lane *b) {
+    lane x = *a, y = *b;
+    _Alignas(32) int16_t ends[4 * LETTERS];
+    ends[LETTERS - 1] = ends[3 * LETTERS - 1] = -1;
+    while (x.i < x.m.rows && y.i < y.m.rows) {
+        coding p = predict(&x, 1), q = predict(&y, 1);
+        code_letter(&x, &p, ends + LETTERS, 1);
+        code_letter(&y, &q, ends + 3 * LETTERS, 1);
+        learn_value(&x, &p, 1);
+        learn_value(&y, &q, 1);
+    }
+    *a = x;
+    *b = y;
+}
+
+/* This file is compiled twice where the processor may have AVX2: once plain, once as context_avx2.c. */
+int64_t terse_context_encode_avx2(const int32_t *in, const terse_model *model, uint32_t *list, int64_t listed,
+                                  uint8_t *out, int64_t capacity, int32_t *work);
+int64_t terse_context_decode_avx2(const terse_context_job *jobs, int64_t count);
+
+#if defined(__AVX2__)
+#define PATH(name) name##_avx2
+#else
+#define PATH(name) name##_portable
+#endif
+
+int64_t PATH(terse_context_encode)(const int32_t *in, const terse_model *model, uint32_t *list, int64_t listed,
+                                   uint8_t *out, int64_t capacity, int32_t *work) {
+    estimates s;
+    lane v;
+    int64_t error = begin_lane(&v, (coder){.list = list, .capacity = listed}, &s, model, (int32_t *)in, work);
+    if (error) return error;
+    run_one(&v, 0);
+    if (v.c.listed > listed) return TERSE_ERANGE;
+    int64_t at = capacity;
+    uint64_t x = 0;
+    for (int64_t k = v.c.listed - 1; k >= 0; k--) {
+        uint32_t start = list[k] & 0xffff, share = list[k] >> 16;
+        if (x >> 48 >= share) {
+            if (at < 4) return TERSE_ERANGE;
+            at -= 4;
+            for (int32_t b = 0; b < 4; b++) out[at + b] = (uint8_t)(x >> 8 * b);
+            x >>= 32;
+        }
+        x = (x / share << 16) + x % share + start;
+    }
+    if (at < 8) return TERSE_ERANGE;
+    int32_t bytes = 0; /* the state as it is: five to eight bytes if words follow, which the length tells */
+    while (bytes < 8 && x >> 8 * bytes) bytes++;
+    for (int32_t b = bytes; b-- > 0;) out[--at] = (uint8_t)(x >> 8 * b);
+    memmove(out, out + at, (size_t)(capacity - at));
+    return capacity - at;
+}
+
+static int64_t begin_job(lane *v, estimates *s, const terse_context_job *job) {
+    int64_t head = job->length <= 8 ? job->length : 5 + (job->length - 5) % 4;
+    coder c = {.in = job->in + head, .end = job->in + job->length};
+    for (int64_t b = 0; b < head; b++) c.state |= (uint64_t)job->in[b] << 8 * b;
+    if (head && job->in[head - 1] == 0) return TERSE_EDATA;
+    return begin_lane(v, c, s, &job->model, job->out, job->work);
+}
+
+/* 0 while there is more to decode, 1 when all is well and done, or a negative error. */
+static int64_t ended(const lane *v) {
+    if (v->i < v->m.rows) return 0;
+    int32_t low = 0, high = 0;
+    for (int64_t k = 0; k < v->m.rows * v->m.columns; k++) {
+        low = v->values[k] < low ? v->values[k] : low;
+        high = v->values[k] > high ? v->values[k] : high;
+    }
+    return low >= v->m.low && high <= v->m.high && v->c.state == 0 && v->c.in == v->c.end ? 1 : TERSE_EDATA;
+}
+
+int64_t PATH(terse_context_decode)(const terse_context_job *jobs, int64_t count) {
+    estimates s[2];
+    lane v[2];
+    int64_t begun = 0, active = 0;
+    for (;;) {
+        while (active < 2 && begun < count) {
+            int64_t error = begin_job(&v[active], &s[active], &jobs[begun++]);
+            if (error) return error;
+            active++;
+        }
+        if (active == 0) return count;
+        if (active == 2) {
+            run_two(&v[0], &v[1]);
+        } else {
+            run_one(&v[0], 1);
+        }
+        for (int64_t k = active; k-- > 0;) {
+            int64_t end = ended(&v[k]);
+            if (end < 0) return end;
+            if (end && k < --active) { /* the other lane moves down, with its estimates */
+                s[0] = s[1];
+                v[0] = v[1];
+                v[0].s = &s[0];
+            }
+        }
+    }
+}
+
+#if !defined(__AVX2__)
+int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint32_t *list, int64_t listed, uint8_t *out,
+                             int64_t capacity, int32_t *work, int32_t simd) {
+#ifdef TERSE_AVX2
+    if (simd) return terse_context_encode_avx2(in, model, list, listed, out, capacity, work);
+#endif
+    (void)simd;
+    return terse_context_encode_portable(in, model, list, listed, out, capacity, work);
+}
+
+int64_t terse_context_decode(const terse_context_job *jobs, int64_t count, int32_t simd) {
+#ifdef TERSE_AVX2
+    if (simd) return terse_context_decode_avx2(jobs, count);
+#endif
+    (void)simd;
+    return terse_context_decode_portable(jobs, count);
+}
+#endif

@@ -52,21 +52,34 @@ TERSE_API int64_t terse_rans_encode(const uint8_t *in, int64_t n, const uint16_t
 TERSE_API int64_t terse_rans_decode(const uint8_t *in, int64_t length, const uint16_t *frequency, int32_t lanes,
                                     int32_t simd, uint8_t *out, int64_t n);
 
-/* context.py: adaptive binary arithmetic coding of a matrix of integers. */
+/* rans.py: n bytes to 2 n nibbles, the low one first. */
+TERSE_API int64_t terse_rans_split(const uint8_t *in, int64_t n, uint8_t *out);
+
+/* context.py: adaptive coding of a matrix of integers with rANS. `list` has room for a word for each coding step: one
+ * for each value, one more from magnitude 8 up and two more from 128; `work` for two integers for each column.
+ * simd 0 is the portable path, 1 and more AVX2. */
 typedef struct {
     int64_t rows, columns;
-    int32_t low, high;             /* every value lies in low..high; low <= 0 <= high */
-    int32_t fast, slow;            /* adaptation limits: rates end at 2^-fast and 2^-slow */
-    int32_t blend;                 /* weight of the column's mean magnitude, 0..16; the row's has 16 - blend */
-    int32_t memory;                /* the row's mean forgets with 2^-memory, the column's with 2^-settle */
+    int32_t low, high;    /* every value lies in low..high; low <= 0 <= high */
+    int32_t slow;         /* the adaptation rate ends at 2^-slow, 4..9 */
+    int32_t blend;        /* weight of the column's mean magnitude, 0..16; the row's has 16 - blend */
+    int32_t memory;       /* the row's mean forgets with 2^-memory, the column's with 2^-settle */
     int32_t settle;
-    const uint8_t *level;          /* [4096]: predicted magnitude in 1/256 -> context 0..23 */
-    const uint16_t *prior;         /* [24][2]: first probabilities of "significant" and "greater" */
-    const uint16_t *rate;          /* [256]: adaptation rate in 1/65536 after so many symbols */
+    const uint8_t *level; /* [4096]: predicted magnitude in 1/256 -> context 0..23 */
+    const int16_t *prior; /* [24][16]: first shares of the letters up to each, in 1/32768 */
 } terse_model;
 
-TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint8_t *out, int64_t capacity,
-                                       int32_t *work);
-TERSE_API int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *model, int32_t *out,
-                                       int32_t *work);
+TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint32_t *list, int64_t listed,
+                                       uint8_t *out, int64_t capacity, int32_t *work, int32_t simd);
+
+/* One stream, its model, rows * columns integers to fill and 2 * columns integers to work in. */
+typedef struct {
+    const uint8_t *in;
+    int64_t length;
+    terse_model model;
+    int32_t *out, *work;
+} terse_context_job;
+
+/* Decodes the streams two at a time, which hides most of the waiting; returns `count`, or an error if any is damaged. */
+TERSE_API int64_t terse_context_decode(const terse_context_job *jobs, int64_t count, int32_t simd);
 #endif

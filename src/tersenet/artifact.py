@@ -118,11 +118,7 @@ def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit
             raise KeyError(f"no tensor {missing[0]!r} in this file")
         if tensors is None:
             header.check_whole(data)
-        opened: dict[int, Tensor] = {}
-        for name, tensor in header.tensors.items():
-            if name in wanted and id(tensor) not in opened:
-                opened[id(tensor)] = decoded(name, tensor, data)
-        found = {name: opened[id(t)] for name, t in header.tensors.items() if name in wanted}
+        found = decoded(header, [name for name in header.tensors if name in wanted], data)
         whole = source if isinstance(source, bytes) and tensors is None else None
         return Artifact(found, meta=header.meta, _bytes=whole)
 

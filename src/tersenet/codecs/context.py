@@ -1,13 +1,17 @@
-"""Adaptive binary arithmetic coding of integer matrices with contexts from what is already decoded.
+"""Adaptive coding of integer matrices: letters of magnitude by rANS, with contexts from what is already decoded.
 
-A value becomes: significant?, sign, greater than 1?, greater than 2?, ... and an Exp-Golomb remainder, as in DeepCABAC
-(Wiedemann et al. 2019) and ISO/IEC 15938-17. We differ in what a context is: a prediction of the magnitude, blended
-from the running mean of the column over earlier rows and a decaying mean along the row, on a scale of 24 steps. Each
-step starts from the odds that a Laplace distribution of that mean has, so small tensors pay little for learning. Signs
-look at the left and the upper neighbour. Every probability is the mean of a fast and a slow estimate. How the array is
-laid out as a matrix, the blend and the rates are chosen for each array and cost four bytes.
+A value is one of 16 letters (magnitudes 0..7, half octaves up to 127, "128 and more") with its sign; even bits tell the
+magnitudes of a letter apart. A letter's share is the mean of two adaptive alphabets. Both belong to a prediction of the
+magnitude, on a scale of 24 steps, blended from the running mean of the column over earlier rows and a decaying mean
+along the row; one also knows the left neighbour's magnitude. Each starts from the shares of a Laplace distribution of
+that mean, so small tensors pay little for learning. Signs look at the left and the upper neighbour. How the array is
+laid out as a matrix, the blend and the rates are chosen for each array and cost two bytes.
+
+DeepCABAC (Wiedemann et al. 2019) and ISO/IEC 15938-17 code binary decisions instead: as small, but a processor guesses
+each of them and starts again when it guessed wrong, which makes decoding a few times slower.
 """
 
+import bisect
 import ctypes
 import math
 from collections.abc import Sequence
@@ -20,113 +24,155 @@ from numpy.typing import NDArray
 from tersenet import native
 from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, unzigzag, zigzag
 
-LEVELS, FLAGS, DEPTH, PEAK = 24, 14, 32, 255
+LEVELS, LEFTS, LETTERS, EXACT, TAIL, COUNTS, PEAK = 24, 4, 16, 8, 128, 512, 255
 TRIAL = 1 << 18  # integers that are looked at to choose the model of a larger array
+BANDED = 1 << 20  # matrices of so many integers are coded in two bands
+
+FLOOR = (*range(8), 8, 12, 16, 24, 32, 48, 64, TAIL)  # the least magnitude of each letter
 
 # Upper edges of the predicted magnitude in 1/256 for each context: 2^(k/2), so 1/256 .. 11.3.
 _EDGES = [round(2 ** (k / 2)) for k in range(LEVELS - 1)]
 LEVEL = np.searchsorted(np.array(_EDGES), np.arange(4096), side="right").astype(np.uint8)
 
 
-def _laplace(mean: float) -> tuple[int, int]:
-    """Odds in 1/65536 of "significant" and of "greater" for a rounded Laplace variable of this mean magnitude."""
+def _laplace(mean: float) -> list[int]:
+    """Shares in 1/32768 of the letters up to each for a rounded Laplace variable of this mean magnitude."""
     significant = (math.sqrt(1 + 4 * mean * mean) - 1) / (2 * mean)
-    return round(65536 * significant), round(65536 * min(max(significant**2, 0.1), 0.97))
+    greater = min(max(significant**2, 0.1), 0.97)
+    return [int(32767 * (1 - significant * greater ** (floor - 1))) for floor in FLOOR[1:]] + [32767]
 
 
-PRIOR = np.array([_laplace(2 ** ((k - 0.5) / 2) / 256) for k in range(LEVELS)], np.uint16)
-RATE = np.array([65536 // (n + 6) if n < 255 else 0 for n in range(256)], np.uint16)
+PRIOR = np.array([_laplace(2 ** ((k - 0.5) / 2) / 256) for k in range(LEVELS)], np.int16)
 
 
 class _Model(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
-        *[(name, ctypes.c_int32) for name in ("low", "high", "fast", "slow", "blend", "memory", "settle")],
-        *[(name, ctypes.c_void_p) for name in ("level", "prior", "rate")],
+        *[(name, ctypes.c_int32) for name in ("low", "high", "slow", "blend", "memory", "settle")],
+        *[(name, ctypes.c_void_p) for name in ("level", "prior")],
     ]
 
 
-class Rates(NamedTuple):
-    """Where the two estimates of a probability end: 2^-fast and 2^-slow a symbol."""
-
-    fast: int
-    slow: int
-
-
-RATES = (Rates(5, 7), Rates(4, 6), Rates(5, 8), Rates(6, 10))
-BLENDS = (8, 0, 4, 12, 16)
+SLOWS = (7, 6, 8, 9)  # a share moves by 2^-slow of its way in the end
+BLENDS = (8, 4, 12, 0, 16)
 MEMORIES = (3, 2, 4, 5)
 SETTLES = (4, 3, 6, 8)
+CHOICES = (SLOWS, BLENDS, MEMORIES, SETTLES)
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("length", ctypes.c_int64),
+        ("model", _Model),
+        ("out", ctypes.c_void_p),
+        ("work", ctypes.c_void_p),
+    ]
 
 
 @dataclass(frozen=True)
 class Model:
-    """How one array is coded: which axes make the rows, and the indices of its rates, blend and memories."""
+    """How one array is coded: which axes make the rows, and the indices of its rate, blend and memories."""
 
-    split: int = 1  # the first `split` axes are rows (0: a single row)
-    transposed: bool = False
-    rates: int = 0
+    layout: int = 0  # rows are 0: the first axis; 1: all axes but the last; 2: columns of layout 0
+    slow: int = 0
     blend: int = 0
     memory: int = 0
     settle: int = 0
 
-    def to_bytes(self) -> bytes:
-        return bytes([self.split << 1 | self.transposed, self.rates << 4 | self.blend, self.memory << 4 | self.settle])
+    def number(self) -> int:
+        total, indices = 0, (self.layout, self.slow, self.blend, self.memory, self.settle)
+        for index, size in reversed(list(zip(indices, (3, *map(len, CHOICES)), strict=True))):
+            total = total * size + index
+        return total
 
     @staticmethod
-    def read(reader: Reader, rank: int) -> "Model":
-        layout, first, second = reader.take(3)
-        model = Model(layout >> 1, bool(layout & 1), first >> 4, first & 15, second >> 4, second & 15)
-        limits = (len(RATES), len(BLENDS), len(MEMORIES), len(SETTLES))
-        chosen = (model.rates, model.blend, model.memory, model.settle)
-        if model.split > rank or any(c >= limit for c, limit in zip(chosen, limits, strict=True)):
-            raise FormatError("a context model is out of range")
-        return model
+    def of_number(number: int) -> "Model":
+        indices = []
+        for size in (3, *map(len, CHOICES)):
+            number, index = divmod(number, size)
+            indices.append(index)
+        return Model(*indices)
 
     def shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        rows, columns = math.prod(shape[: self.split]), math.prod(shape[self.split :])
-        return (columns, rows) if self.transposed else (rows, columns)
+        """Rows and columns of the matrix for an array of this shape.
+
+        An array of one axis is one row, or rows of 1024 where that comes out even: means of columns are then few.
+        """
+        if len(shape) < 2:
+            size = math.prod(shape)
+            return (size // 1024, 1024) if size and size % 1024 == 0 else (1, size)
+        split = len(shape) - 1 if self.layout == 1 else 1
+        rows, columns = math.prod(shape[:split]), math.prod(shape[split:])
+        return (columns, rows) if self.layout == 2 else (rows, columns)
 
     def matrix(self, values: Ints) -> NDArray[np.int32]:
         """The array as the matrix that is walked row by row."""
-        rows = math.prod(values.shape[: self.split])
-        flat = values.reshape(rows, values.size // rows)
-        return np.ascontiguousarray(flat.T if self.transposed else flat, np.int32)
+        rows, columns = self.shape(values.shape)
+        matrix = values.reshape(columns, rows).T if self.layout == 2 else values.reshape(rows, columns)
+        return np.ascontiguousarray(matrix, np.int32)
 
     def array(self, matrix: Ints, shape: Sequence[int]) -> Ints:
-        return (matrix.T if self.transposed else matrix).reshape(shape)
+        return (matrix.T if self.layout == 2 else matrix).reshape(shape)
 
     def native(self, size: tuple[int, int], low: int, high: int) -> _Model:
-        rates = RATES[self.rates]
-        tables = [t.ctypes.data for t in (LEVEL, PRIOR, RATE)]
-        chosen = (BLENDS[self.blend], MEMORIES[self.memory], SETTLES[self.settle])
-        return _Model(*size, low, high, rates.fast, rates.slow, *chosen, *tables)
+        indices = (self.slow, self.blend, self.memory, self.settle)
+        chosen = [options[index] for options, index in zip(CHOICES, indices, strict=True)]
+        return _Model(*size, low, high, *chosen, LEVEL.ctypes.data, PRIOR.ctypes.data)
 
 
-def encode_matrix(matrix: NDArray[np.int32], model: Model, low: int, high: int) -> bytes:
-    """The stream of a matrix whose values lie in low..high, low <= 0 <= high."""
+def encode_matrix(matrix: NDArray[np.int32], model: Model, low: int, high: int, simd: int | None = None) -> bytes:
+    """The stream of a matrix whose values lie in low..high, low <= 0 <= high; `simd` as for `native.simd`."""
+    simd = native.simd() if simd is None else simd
     if native.library() is None:
-        return _Encoder().walk(matrix, model, low, high)
-    out = np.empty(matrix.size * 5 + 64, np.uint8)
-    settings, work = model.native((matrix.shape[0], matrix.shape[1]), low, high), np.empty(matrix.shape[1], np.int32)
-    done = native.call("context_encode", matrix, ctypes.byref(settings), out, out.size, work)
+        return _Encoder(matrix, model, low, high).stream()
+    sizes = np.abs(matrix)
+    steps = np.empty(matrix.size + int((sizes >= EXACT).sum()) + 2 * int((sizes >= TAIL).sum()), np.uint32)
+    out = np.empty(2 * steps.size + 8, np.uint8)
+    settings = model.native((matrix.shape[0], matrix.shape[1]), low, high)
+    work = np.empty(2 * matrix.shape[1], np.int32)
+    given = (matrix, ctypes.byref(settings), steps, steps.size, out, out.size, work, np.int32(simd))
+    done = native.call("context_encode", *given)
     if done is None or done < 0:
         raise RuntimeError(f"context coder failed ({done})")
     return out[:done].tobytes()
 
 
-def decode_matrix(data: bytes, model: Model, size: tuple[int, int], low: int, high: int) -> NDArray[np.int32]:
-    """Inverse of `encode_matrix`; raises `FormatError` unless the data is exactly one stream."""
-    out, raw = np.zeros(size, np.int32), np.frombuffer(data, np.uint8)
+class Coded(NamedTuple):
+    """A stream with what is needed to decode it, and the matrix that it goes to."""
+
+    data: bytes
+    model: Model
+    out: NDArray[np.int32]
+    low: int
+    high: int
+
+
+def decode(streams: Sequence[Coded], simd: int | None = None) -> None:
+    """Fill the streams' matrices, two at a time; raises `FormatError` unless each is exactly one stream."""
     if native.library() is None:
-        _Decoder(data).walk(out, model, low, high)
-        return out
-    settings, work = model.native(size, low, high), np.empty(size[1], np.int32)
-    done = native.call("context_decode", raw, raw.size, ctypes.byref(settings), out, work)
-    if done != out.size:
-        raise FormatError("an arithmetic-coded stream is damaged")
-    return out
+        for c in streams:
+            _Decoder(c.data).fill(c.out, c.model, c.low, c.high)
+        return
+    simd = native.simd() if simd is None else simd
+    jobs, kept = (_Job * len(streams))(), []
+    for job, c in zip(jobs, sorted(streams, key=lambda c: -c.out.size)):  # the longest first
+        # Bands of a single row lie in one piece of memory too, so every matrix here does.
+        raw, work = np.frombuffer(c.data, np.uint8), np.empty(2 * c.out.shape[1], np.int32)
+        kept += [raw, work]
+        job.data, job.length, job.out, job.work = raw.ctypes.data, len(c.data), c.out.ctypes.data, work.ctypes.data
+        job.model = c.model.native((c.out.shape[0], c.out.shape[1]), c.low, c.high)
+    if native.call("context_decode", jobs, len(streams), np.int32(simd)) != len(streams):
+        raise FormatError("a context-coded stream is damaged")
+
+
+def bands(matrix: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+    """The parts of a matrix that are streams of their own: two for a large one, which are decoded side by side."""
+    if matrix.size < BANDED:
+        return [matrix]
+    half = matrix.shape[0] // 2 or matrix.shape[1] // 2
+    return [matrix[:half], matrix[half:]] if matrix.shape[0] > 1 else [matrix[:, :half], matrix[:, half:]]
 
 
 def choose(values: Ints, low: int, high: int) -> Model:
@@ -135,8 +181,7 @@ def choose(values: Ints, low: int, high: int) -> Model:
     if values.size > TRIAL:
         lines = max(1, TRIAL * values.shape[0] // values.size)
         sample = values[:lines]
-    rank = values.ndim
-    layouts = {(1, False), (rank - 1, False), (1, True)} if rank > 1 else {(0, False)}
+    layouts = (0, 1, 2) if values.ndim > 2 else (0, 2) if values.ndim == 2 else (0,)
     sized: dict[Model, int] = {}
 
     def size(model: Model) -> int:
@@ -144,9 +189,9 @@ def choose(values: Ints, low: int, high: int) -> Model:
             sized[model] = len(encode_matrix(model.matrix(sample), model, low, high))
         return sized[model]
 
-    best = min((Model(split, transposed) for split, transposed in sorted(layouts)), key=size)
-    for name, options in (("blend", BLENDS), ("memory", MEMORIES), ("settle", SETTLES), ("rates", RATES)):
-        best = min((replace(best, **{name: i}) for i in range(len(options))), key=size)  # type: ignore[arg-type]
+    best = min((Model(layout) for layout in layouts), key=size)
+    for name, options in (("blend", BLENDS), ("memory", MEMORIES), ("settle", SETTLES), ("slow", SLOWS)):
+        best = min((replace(best, **{name: i}) for i in range(len(options))), key=size)
     return best
 
 
@@ -161,155 +206,195 @@ class Context:
         levels = (flat - np.int32(origin)).reshape(values.shape)
         low, high = low - origin, high - origin
         model = choose(levels, low, high)
-        head = put_number(zigzag(origin)) + put_number(-low) + put_number(high) + model.to_bytes()
-        return head + encode_matrix(model.matrix(levels), model, low, high)
+        head = put_number(zigzag(origin)) + put_number(-low) + put_number(high) + put_number(model.number())
+        streams = [encode_matrix(band, model, low, high) for band in bands(model.matrix(levels))]
+        return head + b"".join(put_number(len(stream)) for stream in streams[:-1]) + b"".join(streams)
 
     def decode(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
-        reader = Reader(data)
-        origin = unzigzag(reader.number(1 << 32))
-        low, high = -reader.number(1 << 24), reader.number(1 << 24)
-        model = Model.read(reader, len(shape))
-        if math.prod(shape) == 0:
-            raise FormatError("an empty array is not arithmetic-coded")
-        info = np.iinfo(np.uint8 if dtype == np.bool_ else dtype)
-        if low + origin < info.min or high + origin > (1 if dtype == np.bool_ else info.max) or origin >= 1 << 30:
-            raise FormatError(f"a stream holds values that {dtype} cannot")
-        levels = decode_matrix(reader.rest(), model, model.shape(shape), low, high)
-        if origin:
-            levels += np.int32(origin)
-        return model.array(levels, shape).astype(dtype)
+        return self.decode_all([(data, shape, dtype)])[0]
+
+    def decode_all(self, coded: Sequence[tuple[bytes, Sequence[int], np.dtype[Any]]]) -> list[Ints]:
+        """Several arrays at once, each as (bytes, shape, type): faster than one after the other."""
+        streams, matrices = list[Coded](), []
+        for data, shape, dtype in coded:
+            reader = Reader(data)
+            origin = unzigzag(reader.number(1 << 32))
+            low, high = -reader.number(1 << 24), reader.number(1 << 24)
+            model = Model.of_number(reader.number(3 * math.prod(map(len, CHOICES)) - 1))
+            if math.prod(shape) == 0:
+                raise FormatError("an empty array is not context-coded")
+            info = np.iinfo(np.uint8 if dtype == np.bool_ else dtype)
+            most = 1 if dtype == np.bool_ else info.max
+            if low + origin < info.min or high + origin > most or origin >= 1 << 30:
+                raise FormatError(f"a stream holds values that {dtype} cannot")
+            out = np.zeros(model.shape(shape), np.int32)
+            parts = bands(out)
+            lengths = [reader.number(reader.left) for _ in parts[:-1]]
+            held = [reader.take(length) for length in lengths] + [reader.rest()]
+            streams += [Coded(stream, model, part, low, high) for stream, part in zip(held, parts, strict=True)]
+            matrices.append((out, origin, model))
+        decode(streams)
+        found = []
+        for (out, origin, model), (_, shape, dtype) in zip(matrices, coded, strict=True):
+            whole = np.uint8 if dtype == np.bool_ else dtype
+            values = out.astype(whole)
+            if origin:  # modulo the width of the type, which every value fits
+                values += np.array(origin).astype(whole)
+            found.append(model.array(values, shape).astype(dtype, copy=False))
+        return found
 
 
-def _shortest(low: int, span: int) -> int:
-    """The number in [low, low + span) with the most trailing zero bytes."""
-    for bits in range(56, 0, -8):
-        end = (low + (1 << bits) - 1) >> bits << bits
-        if end - low < span:
-            return end
-    return low
+def letter_of(size: int) -> int:
+    """The letter of a magnitude."""
+    return bisect.bisect_right(FLOOR, size) - 1
 
 
 class _Walk:
-    """The NumPy twin of native/context.c: the same decisions in the same order, in Python integers."""
+    """The NumPy twin of native/context.c: the same steps in the same order, in Python integers."""
 
-    def __init__(self) -> None:
-        self.low, self.range = 0, (1 << 64) - 1
+    state = 0
 
-    def bit(self, chance: int, bit: int) -> int:
-        raise AssertionError("the encoder and the decoder say what a bit is")
+    def narrow(self, start: int, share: int) -> None:
+        raise AssertionError("the encoder and the decoder say what a step is")
 
-    def code(self, e: list[int], bit: int) -> int:
-        bit = self.bit((e[0] + e[1]) >> 1, bit)
-        target, rate = (65535 - 16 if bit else 16), int(RATE[e[2]])
-        e[0] += (target - e[0]) * max(rate, self.fast) >> 16
-        e[1] += (target - e[1]) * max(rate, self.slow) >> 16
-        e[2] = min(e[2] + 1, 255)
-        return bit
+    def pick(self, value: int, share: int) -> int:
+        raise AssertionError("the encoder and the decoder say what a step is")
 
-    def remainder(self, value: int) -> int:
-        bits, prefix = (value + 1).bit_length() - 1, 0
-        while prefix < DEPTH - 1 and self.code(self.prefix[prefix], prefix < bits):
-            prefix += 1
-        suffix = 1
-        for b in reversed(range(prefix)):
-            suffix = suffix << 1 | self.bit(32768, (value + 1) >> b & 1)
-        return suffix - 1
+    def bits(self, value: int, bits: int) -> int:
+        if bits == 0:
+            return 0
+        share = 1 << (16 - bits)
+        value = self.pick(value, share)
+        self.narrow(value * share, share)
+        return value
 
-    def magnitude(self, size: int, level: int, most: int) -> int:
-        k = 1
-        while k < most and k <= FLAGS and self.code(self.greater[level][k - 1], size > k):
-            k += 1
-        if k > FLAGS:
-            rest = self.remainder(size - k)
-            if rest > most - k:
-                raise FormatError("an arithmetic-coded stream is damaged")
-            k += rest
-        return k
+    def tail(self, value: int) -> int:
+        bits = self.bits((value + 1).bit_length() - 1, 5)
+        if bits > 29:
+            return 1 << 30
+        high = max(bits - 15, 0)
+        top = self.bits((value + 1) >> 15 & ((1 << high) - 1), high)
+        low = self.bits((value + 1) & ((1 << (bits - high)) - 1), bits - high)
+        return (1 << bits | top << 15 | low) - 1
 
-    def walk(self, matrix: NDArray[np.int32], model: Model, low: int, high: int) -> bytes:
-        rates, blend = RATES[model.rates], BLENDS[model.blend]
-        memory, least = MEMORIES[model.memory], 65536 >> SETTLES[model.settle]
-        self.fast, self.slow = 65536 >> rates.fast, 65536 >> rates.slow
-        prior = PRIOR.tolist()
-        significant = [[p, p, 0] for p, _ in prior]
-        self.greater = [[[p, p, 0] for _ in range(FLAGS)] for _, p in prior]
-        sign, self.prefix = ([[32768, 32768, 0] for _ in range(n)] for n in (9, DEPTH))
-        column, above = [0] * matrix.shape[1], [0] * matrix.shape[1]
+    def letter(self, ends: NDArray[np.int32], size: int) -> int:
+        raise AssertionError("the encoder and the decoder say what a step is")
+
+    def minus(self, start: int, split: int, negative: int) -> int:
+        raise AssertionError("the encoder and the decoder say what a step is")
+
+    def learn(self, alphabet: list[Any], letter: int) -> None:
+        share, count = alphabet
+        rate = max(32768 // (count + 16), self.least)
+        way = np.where(letter <= _PLACES, 32767, 0) - share
+        alphabet[:] = share + (way * rate + 16384 >> 15), min(count + 1, COUNTS - 1)
+
+    def value(self, alphabets: tuple[list[Any], list[Any]], signs: list[int], sign: int, given: int) -> tuple[int, int]:
+        ends = ((alphabets[0][0] + alphabets[1][0]) * (32768 - LETTERS) >> 16) + _PLACES
+        ends[-1] = 32767
+        letter = self.letter(ends, abs(given))
+        before = int(ends[letter - 1]) if letter else -1
+        start, share, negative = 2 * (before + 1), 2 * (int(ends[letter]) - before), 0
+        if letter and FLOOR[letter] <= min(self.high, -self.low):
+            split = ((share - 2) * signs[sign] >> 16) + 1
+            negative = self.minus(start, split, int(given < 0))
+            start, share = (start, split) if negative else (start + split, share - split)
+            signs[sign] += ((65535 if negative else 0) - signs[sign]) >> 6
+        self.narrow(start, share)
+        for alphabet in alphabets:
+            self.learn(alphabet, letter)
+        rest = abs(given) - FLOOR[letter] if letter >= EXACT else 0
+        if letter == LETTERS - 1:
+            rest = self.tail(rest)
+        elif letter >= EXACT:
+            end = self.most + 1 if letter == letter_of(self.most) else FLOOR[letter + 1]
+            rest = self.bits(rest, (end - FLOOR[letter] - 1).bit_length())
+        return FLOOR[letter] + rest, negative or int(FLOOR[letter] > self.high)
+
+    def walk(self, matrix: NDArray[np.int32], model: Model, low: int, high: int) -> None:
+        blend, memory = BLENDS[model.blend], MEMORIES[model.memory]
+        self.low, self.high, self.most = low, high, max(high, -low)
+        self.least, least = 32768 >> SLOWS[model.slow], 65536 >> SETTLES[model.settle]
+        first = np.where(letter_of(self.most) <= _PLACES, 32767, PRIOR.astype(np.int32))
+        far = [[row, 0] for row in first]
+        near = [[[row, 0] for _ in range(LEFTS)] for row in first]
+        signs = [32768] * 9
+        column, above = [32768] * matrix.shape[1], [0] * matrix.shape[1]
         row = older = 32768  # predictions see the row's mean without the left neighbour
         for i, line in enumerate(matrix):
             settle, left = max(65536 // (i + 2) if i < 65536 else 0, least), 0
             values = line.tolist()
             for j, given in enumerate(values):
-                mean = column[j] if i else older
+                mean = column[j]
                 level = int(LEVEL[min((blend * mean + (16 - blend) * older) >> 12, 4095)])
-                size = abs(given)
-                if self.code(significant[level], size > 0):
-                    e = sign[3 * (2 if left > 0 else left < 0) + (2 if above[j] > 0 else above[j] < 0)]
-                    negative = 0 if low == 0 else 1 if high == 0 else self.code(e, given < 0)
-                    size = self.magnitude(size, level, -low if negative else high)
-                    value = -size if negative else size
-                else:
-                    size = value = 0
-                values[j] = left = value
+                sign = 3 * ((left > 0) - (left < 0)) + (above[j] > 0) - (above[j] < 0) + 4
+                alphabets = (far[level], near[level][min(abs(left), LEFTS - 1)])
+                size, negative = self.value(alphabets, signs, sign, given)
+                if size > (-low if negative else high):
+                    raise FormatError("a context-coded stream is damaged")
+                values[j] = left = -size if negative else size
                 seen = min(size, PEAK) << 16
                 column[j] = mean + ((seen - mean) * settle >> 16)
                 older = row
                 row += (seen - row) >> memory
             matrix[i] = above = values
-        return self.finish()
 
-    def finish(self) -> bytes:
-        raise AssertionError("the encoder and the decoder say what an end is")
+
+_PLACES = np.arange(LETTERS, dtype=np.int32)
 
 
 class _Encoder(_Walk):
-    def __init__(self) -> None:
-        super().__init__()
-        self.number, self.words = 0, 0  # all bytes written so far as one integer: a carry is an addition
+    def __init__(self, matrix: NDArray[np.int32], model: Model, low: int, high: int) -> None:
+        self.steps: list[tuple[int, int]] = []
+        self.walk(matrix.copy(), model, low, high)
 
-    def bit(self, chance: int, bit: int) -> int:
-        bound = (self.range >> 16) * chance
-        if bit:
-            self.range = bound
-        else:
-            self.low += bound
-            self.range -= bound
-        if self.range >> 32 == 0:
-            self.number = (self.number << 32) + (self.low >> 32)
-            self.words += 1
-            self.low, self.range = (self.low & 0xFFFFFFFF) << 32, self.range << 32
-        return bit
+    def narrow(self, start: int, share: int) -> None:
+        self.steps.append((start, share))
 
-    def finish(self) -> bytes:
-        total = (self.number << 64) + _shortest(self.low, self.range)
-        return total.to_bytes(4 * self.words + 8, "big").rstrip(b"\0")
+    def pick(self, value: int, share: int) -> int:
+        return value
+
+    def letter(self, ends: NDArray[np.int32], size: int) -> int:
+        return letter_of(size)
+
+    def minus(self, start: int, split: int, negative: int) -> int:
+        return negative
+
+    def stream(self) -> bytes:
+        """The state as it is, then the words in the order of decoding."""
+        state, words = 0, list[bytes]()
+        for start, share in reversed(self.steps):
+            if state >> 48 >= share:
+                words.append((state & 0xFFFFFFFF).to_bytes(4, "little"))
+                state >>= 32
+            state = (state // share << 16) + state % share + start
+        return state.to_bytes((state.bit_length() + 7) // 8, "little") + b"".join(reversed(words))
 
 
 class _Decoder(_Walk):
     def __init__(self, data: bytes) -> None:
-        super().__init__()
-        if data[-1:] == b"\0":
-            raise FormatError("an arithmetic-coded stream ends in zeros")
-        self.data, self.at = data, 8
-        self.coded = int.from_bytes(data[:8].ljust(8, b"\0"), "big")
+        self.at = len(data) if len(data) <= 8 else 5 + (len(data) - 5) % 4
+        if self.at and data[self.at - 1] == 0:
+            raise FormatError("a context-coded stream is damaged")
+        self.data, self.state = data, int.from_bytes(data[: self.at], "little")
 
-    def bit(self, chance: int, bit: int) -> int:
-        bound = (self.range >> 16) * chance
-        bit = int(self.coded < bound)
-        if bit:
-            self.range = bound
-        else:
-            self.coded -= bound
-            self.range -= bound
-        if self.range >> 32 == 0:
-            word = self.data[self.at : self.at + 4].ljust(4, b"\0")
-            self.coded = self.coded << 32 | int.from_bytes(word, "big")
-            self.at, self.range = self.at + 4, self.range << 32
-        return bit
+    def narrow(self, start: int, share: int) -> None:
+        x = share * (self.state >> 16) + (self.state & 0xFFFF) - start
+        if x < 1 << 32 and self.at < len(self.data):
+            x = x << 32 | int.from_bytes(self.data[self.at : self.at + 4], "little")
+            self.at += 4
+        self.state = x
 
-    def finish(self) -> bytes:
-        window = int.from_bytes(self.data[max(self.at - 8, 0) : self.at].ljust(8, b"\0"), "big")
-        low = (window - self.coded) % (1 << 64)
-        if self.at < len(self.data) or _shortest(low, self.range) % (1 << 64) != window:
-            raise FormatError("an arithmetic-coded stream does not end as it should")
-        return b""
+    def pick(self, value: int, share: int) -> int:
+        return (self.state & 0xFFFF) // share
+
+    def letter(self, ends: NDArray[np.int32], size: int) -> int:
+        return int((ends < (self.state & 0xFFFF) >> 1).sum())
+
+    def minus(self, start: int, split: int, negative: int) -> int:
+        return int((self.state & 0xFFFF) - start < split)
+
+    def fill(self, out: NDArray[np.int32], model: Model, low: int, high: int) -> None:
+        self.walk(out, model, low, high)
+        if self.state or self.at < len(self.data):
+            raise FormatError("a context-coded stream is damaged")

@@ -177,7 +177,9 @@ class RansPairs:
         reader, count = Reader(data), math.prod(shape)
         low = unzigzag(reader.number(1 << 32))
         pairs = decode_bytes(reader, (count + 1) // 2)
-        nibbles = _BOTH[pairs].view(np.uint8)
+        nibbles = np.empty(2 * pairs.size, np.uint8)
+        if native.call("rans_split", pairs, pairs.size, nibbles) is None:
+            nibbles = _BOTH[pairs].view(np.uint8)
         if count % 2 and nibbles[-1] != nibbles[-2]:
             raise FormatError("a stream of pairs has a value too many")
         return shaped(_raised(nibbles[:count], low, dtype), shape, dtype)

@@ -1,0 +1,2 @@
+/* context.c once more, compiled for AVX2 (see CMakeLists.txt). */
+#include "context.c"
