@@ -147,8 +147,8 @@ def against_the_iso_codec(python):
 
 def of_levels(levels):
     coder = CODECS["context"]
-    coded = [(coder.encode(q), q) for q in levels]
-    return sum(len(c) for c, _ in coded), median(lambda: coder.decode_all([(c, q.shape, q.dtype) for c, q in coded]), 15)
+    coded = [(coder.encode(q), q.shape, q.dtype) for q in levels]
+    return sum(len(c) for c, *_ in coded), median(lambda: coder.decode_all(coded), 15)
 
 
 def loading():
