@@ -148,11 +148,11 @@ class Bench:
             a = found[name].inputs
             groups, n = len(a), a.shape[1]
             damp = 0.01 * a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-9
-            metric = Metric(torch.linalg.cholesky(a + damp * torch.eye(n)), torch.ones(groups, len(w) // groups))
-            rows = torch.from_numpy(w).double().reshape(groups, len(w) // groups, n)
-            steps = torch.from_numpy(step).double().reshape(groups, -1, 1).expand_as(rows)
+            rows = w.astype(np.float64).reshape(groups, len(w) // groups, n)
+            metric = Metric(torch.linalg.cholesky(a + damp * torch.eye(n)).numpy(), np.ones(rows.shape[:2]))
             most = 2 ** (bits - 1) - 1
-            q = levels(rows, metric, steps, 0.0).clamp(-most - 1, most).numpy().reshape(w.shape)
+            steps = step.astype(np.float64).reshape(rows.shape[:2]), np.ones(n)
+            q = np.clip(levels(rows, metric, steps, 0.0), -most - 1, most).reshape(w.shape)
             return q, [step], q * step
 
         peers = {"rounding 8 bit + zstd": (rounding, 8), "rounding 4 bit + zstd": (rounding, 4)}

@@ -82,4 +82,17 @@ typedef struct {
 
 /* Decodes the streams two at a time, which hides most of the waiting; returns `count`, or an error if any is damaged. */
 TERSE_API int64_t terse_context_decode(const terse_context_job *jobs, int64_t count, int32_t simd);
+
+/* feedback.py: levels for `whitened` [columns][rows], which is used up, from L [columns][columns] of the inputs and, or
+ * NULL, the outputs' L [rows][rows] with each column divided by its diagonal; `work` has room for 2 * rows. */
+typedef struct {
+    int64_t columns, rows;
+    const double *column, *row;      /* the step of (j, i) is column[j] * row[i] */
+    const double *edge, *one, *more; /* a column whose mean size is under edge[k] takes the thresholds of context k: how */
+    int32_t contexts;                /* far above k - 1/2 a size is rounded to k - 1, for k = 1 and for k > 1 */
+    double highest;
+} terse_feedback_steps;
+
+TERSE_API int64_t terse_feedback(double *whitened, const double *inputs, const double *outputs,
+                                 const terse_feedback_steps *steps, int32_t *levels, double *work);
 #endif

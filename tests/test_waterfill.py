@@ -33,16 +33,23 @@ def gathered(task):
     return gather(Draft.of_model(own.model), own, 256)
 
 
+def spread(n, generator):
+    x = generator.normal(size=(n, 3 * n)) * np.linspace(0.2, 3, n)[:, None]
+    return np.linalg.cholesky(x @ x.T / (3 * n) + 0.5 * x.mean() ** 2)
+
+
 def problem(rows=8, n=40, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 3 * n, generator=generator, dtype=torch.double) * torch.linspace(0.2, 3, n)[:, None]
-    a = x @ x.T / (3 * n) + 0.5 * x.mean() ** 2
-    metric = Metric(torch.linalg.cholesky(a)[None], torch.ones(1, rows, dtype=torch.double))
-    return torch.randn(1, rows, n, generator=generator, dtype=torch.double), metric
+    generator = np.random.default_rng(seed)
+    metric = Metric(spread(n, generator)[None], spread(rows, generator)[None])
+    return generator.normal(size=(1, rows, n)), metric
 
 
 def cost(error, metric):
-    return float(((error @ metric.factor).square().sum(2) * metric.rows).sum())
+    return float(np.square(np.swapaxes(metric.outputs, 1, 2) @ error @ metric.inputs).sum())
+
+
+def even(w, step):
+    return np.full(w.shape[:2], step), np.ones(1)
 
 
 @pytest.mark.parametrize(
@@ -85,41 +92,46 @@ def test_moments_are_the_same_at_any_number_of_threads(task, monkeypatch):
 
 def test_with_a_diagonal_metric_feedback_is_rounding():
     w, metric = problem()
-    flat = Metric(torch.diag_embed(metric.factor.diagonal(dim1=1, dim2=2)), metric.rows)
-    steps = torch.full_like(w, 0.3)
-    assert torch.equal(levels(w, flat, steps, 0.0), torch.round(w / 0.3))
+    flat = Metric(metric.inputs * np.eye(40), metric.outputs * np.eye(8))
+    steps = np.full((1, 8), 0.3), np.ones(40)
+    assert np.array_equal(levels(w, flat, steps, 0.0), np.rint(w / 0.3))
+    assert np.array_equal(levels(w, replace(flat, inputs=None), even(w, 0.3), 0.0), np.rint(w / 0.3))
 
 
-def test_feedback_costs_less_than_rounding_in_the_metric():
-    won = 0
+def test_feedback_over_columns_and_rows_costs_less_than_over_columns_and_that_less_than_rounding():
     for seed in range(10):
         w, metric = problem(seed=seed)
-        steps = torch.full_like(w, 0.5)
-        fed = cost(w - levels(w, metric, steps, 0.0) * steps, metric)
-        won += fed < cost(w - torch.round(w / steps) * steps, metric)
-    assert won == 10
+        steps = np.full((1, 8), 0.5), np.ones(40)
+        both = cost(w - levels(w, metric, steps, 0.0) * 0.5, metric)
+        columns = cost(w - levels(w, replace(metric, outputs=metric.rows()), steps, 0.0) * 0.5, metric)
+        assert both < columns < cost(w - np.rint(w / 0.5) * 0.5, metric)
 
 
-def test_blocks_change_nothing_in_the_recursion(monkeypatch):
-    w, metric = problem(n=150)
-    steps = torch.full_like(w, 0.4)
-    whole = levels(w, metric, steps, 0.0)
-    monkeypatch.setattr("tersenet.methods.feedback.BLOCK", 7)
-    assert (levels(w, metric, steps, 0.0) != whole).double().mean() < 1e-3
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_twin_finds_the_same_levels(rate, groups, monkeypatch):
+    problems = [problem(rows=6, n=20, seed=seed) for seed in range(groups)]
+    w = np.concatenate([w for w, _ in problems])
+    metric = Metric(*(np.concatenate([getattr(m, part) for _, m in problems]) for part in ("inputs", "outputs")))
+    steps = waterfilled(metric, 0.3, 4).parts()
+    for known in (metric, replace(metric, outputs=metric.rows())):
+        native_levels = levels(w, known, steps, rate)
+        with monkeypatch.context() as without:
+            without.setattr("tersenet.native.library", lambda: None)
+            assert np.array_equal(levels(w, known, steps, rate), native_levels)
 
 
 def test_waterfilled_steps_cost_what_they_promise_and_pricing_bits_makes_levels_smaller():
     w, metric = problem(rows=30, n=60)
     steps = waterfilled(metric, 0.05, 1)
-    dense = steps.dense()
-    free, priced = (levels(w, metric, dense, rate) for rate in (0.0, 1.0))
-    assert cost(w - free * dense, metric) == pytest.approx(0.05**2 / 12 * w.numel(), rel=0.3)
-    assert priced.abs().sum() < free.abs().sum()
+    free, priced = (levels(w, metric, steps.parts(), rate) for rate in (0.0, 1.0))
+    assert cost(w - free * steps.dense(), metric) == pytest.approx(0.05**2 / 12 * w.size, rel=0.3)
+    assert np.abs(priced).sum() < np.abs(free).sum()
 
 
 def test_steps_fall_on_the_grid():
     steps = Steps(0.5, np.zeros((1, 2), np.int8), np.array([[0], [2]], np.int8), np.array([[0, -1]], np.int8))
-    assert np.allclose(steps.dense()[0, 0].numpy(), [0.5, 0.5 / np.sqrt(2), 1.0, 1 / np.sqrt(2)])
+    assert np.allclose(steps.dense()[0, 0], [0.5, 0.5 / np.sqrt(2), 1.0, 1 / np.sqrt(2)])
 
 
 def test_the_kernel_transform_keeps_squared_errors():

@@ -29,7 +29,7 @@ def simd() -> int:
 
 
 def call(name: str, *arguments: Any) -> int | None:
-    """Call `terse_<name>`: arrays go as pointers, integers as int64 or, where NumPy typed them, as that type.
+    """Call `terse_<name>`: arrays and None go as pointers, integers as int64 or, where NumPy typed them, as that type.
 
     Returns what C returned (a count, or a negative error), or None where there is no library.
     """
@@ -42,8 +42,8 @@ def call(name: str, *arguments: Any) -> int | None:
 
 
 def _argument(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return ctypes.c_void_p(value.ctypes.data)
+    if value is None or isinstance(value, np.ndarray):
+        return ctypes.c_void_p(None if value is None else value.ctypes.data)
     if isinstance(value, np.int32):
         return ctypes.c_int32(int(value))
     if isinstance(value, int):

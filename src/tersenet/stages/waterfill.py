@@ -62,9 +62,9 @@ class Layer:
     """A weight ready to be quantized at any c; `bias` names what takes up the mean of its output's error."""
 
     name: str
-    weight: Array  # [groups, rows, n], in the DCT domain where `transformed`
+    weight: np.ndarray  # [groups, rows, n], in the DCT domain where `transformed`
     metric: Metric
-    means: Array  # [groups, n] of the inputs
+    means: np.ndarray  # [groups, n] of the inputs
     shape: tuple[int, ...]
     transformed: bool
     bias: str | None
@@ -85,12 +85,10 @@ class Prepared:
         biases = {name: dense_array(self.draft.tensors[name]).astype(np.float64) for name in self.shifts}
         for layer in self.layers:
             steps = waterfilled(layer.metric, c, math.prod(layer.shape[2:]))
-            dense = steps.dense()
-            q = levels(layer.weight, layer.metric, dense, rate)
+            q = levels(layer.weight, layer.metric, steps.parts(), rate)
             trees[layer.name] = tree_of(q, steps, layer.shape, layer.transformed)
             if layer.bias is not None:
-                lost = ((layer.weight - q * dense) @ layer.means[..., None]).reshape(-1)
-                biases[layer.bias] += lost.numpy()
+                biases[layer.bias] += ((layer.weight - q * steps.dense()) @ layer.means[..., None]).reshape(-1)
         for name, unit in self.shifts.items():
             trees[name] = rounded(biases[name], c * unit)
         return self.draft.with_trees(trees)
@@ -220,9 +218,8 @@ def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: s
     flat = (flat.reshape(-1, k) @ t.T).reshape(flat.shape)
     if known is None:
         rows = flat.square().mean(2)
-        metric = Metric(None, 1 / (rows + rows.mean()).clamp_min(1e-30))
-        return Layer(name, flat, metric, torch.zeros(1, n, dtype=torch.double), shape, transformed, None)
-    g = known.outputs.diagonal().reshape(groups, -1)
+        metric = Metric(None, (rows + rows.mean()).clamp_min(1e-30).rsqrt().numpy())
+        return Layer(name, flat.numpy(), metric, np.zeros((1, n)), shape, transformed, None)
     a, means = known.inputs, known.means
     if bias is not None:  # the bias takes up the mean of the error, which leaves the covariance to the weights
         a = a - means[:, :, None] * means[:, None]
@@ -232,8 +229,11 @@ def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: s
     raw = 1e-5 * known.inputs.diagonal(dim1=1, dim2=2).mean(1)
     mean = a.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
     a = a + (damping.inputs * (mean + 1e-3 * mean.mean()) + raw + 1e-12)[:, None, None] * torch.eye(n)
-    metric = Metric(_factor(a), (g + damping.rows * g.mean()).clamp_min(1e-30))
-    return Layer(name, flat, metric, means, shape, transformed, bias)
+    rows = shape[0] // groups
+    g = torch.stack([known.outputs[at : at + rows, at : at + rows] for at in range(0, shape[0], rows)])
+    g = g + (damping.rows * known.outputs.diagonal().mean() + 1e-30) * torch.eye(rows)
+    metric = Metric(_factor(a).numpy(), _factor(g).numpy())
+    return Layer(name, flat.numpy(), metric, means.numpy(), shape, transformed, bias)
 
 
 def _factor(a: Array) -> Array:
