@@ -25,7 +25,8 @@ from tersenet.calibrate import moments
 from tersenet.methods.feedback import Metric, levels
 from tersenet.methods.kmeans import KMeans
 from tersenet.recipe import Draft, artifact_of
-from tersenet.stages.waterfill import gather, to_size
+from tersenet.stages.budget import to_size
+from tersenet.stages.waterfill import gather
 
 DATA = {"lenet300": "mnist", "lenet5": "mnist", "resnet20": "cifar10", "resnet56": "cifar10"}
 SIZES = {  # bytes to be met, spanning what the ISO codec needs at the same accuracy

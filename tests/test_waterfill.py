@@ -19,7 +19,8 @@ from tersenet.methods.transform import KernelDCT
 from tersenet.packed import Transformed, unpack
 from tersenet.promise import compress
 from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of
-from tersenet.stages.waterfill import folded, gather, prepare, to_size
+from tersenet.stages.budget import descended, to_size
+from tersenet.stages.waterfill import Damping, folded, gather, prepare
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,24 @@ def test_moments_are_the_same_at_any_number_of_threads(task, monkeypatch):
         two = found[1][name]
         assert torch.equal(one.inputs, two.inputs) and torch.equal(one.outputs, two.outputs)
     assert set(found[0]) == {"conv.weight", "first.weight", "second.weight", "last.weight"}
+
+
+def test_moments_of_two_sets_mix_to_those_of_both(task):
+    x = task.calibration(120)
+    whole, first, second = (moments(task.model, part, task) for part in (x, x[:80], x[80:]))
+    for name, known in whole.items():
+        mixed = first[name].mixed(second[name], 80 / 120)
+        assert torch.allclose(mixed.inputs, known.inputs, rtol=1e-5, atol=1e-7)
+        assert torch.allclose(mixed.means, known.means, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("best", [Damping(), Damping(1.0, 9.0), Damping(1e-3, 1 / 3)])
+def test_the_search_for_the_damping_walks_to_the_best(best):
+    def distance(damping):
+        return 1 + abs(np.log(damping.inputs / best.inputs)) + abs(np.log(damping.rows / best.rows))
+
+    found = descended(distance)
+    assert found.inputs == pytest.approx(best.inputs) and found.rows == pytest.approx(best.rows)
 
 
 def test_with_a_diagonal_metric_feedback_is_rounding():

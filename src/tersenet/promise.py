@@ -12,7 +12,8 @@ from typing import Any
 from tersenet.artifact import Artifact, Coding, errors_against, load
 from tersenet.packed import Array
 from tersenet.recipe import Budget, Draft, PromiseBroken, Recipe, Result, artifact_of, cache_folder, run
-from tersenet.stages.waterfill import gather, to_drop, to_size
+from tersenet.stages.budget import to_drop, to_size
+from tersenet.stages.waterfill import gather
 from tersenet.task import Task, one_thread
 
 METRIC_BYTES = 24  # what the measured metric adds to a file, at most

@@ -25,7 +25,7 @@ from tersenet import native
 from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, unzigzag, zigzag
 
 LEVELS, LEFTS, LETTERS, EXACT, TAIL, COUNTS, PEAK = 24, 4, 16, 8, 128, 512, 255
-TRIAL = 1 << 18  # integers that are looked at to choose the model of a larger array
+TRIAL = 1 << 16  # integers that are looked at to choose the model of a larger array
 BANDED = 1 << 20  # matrices of so many integers are coded in two bands
 
 FLOOR = (*range(8), 8, 12, 16, 24, 32, 48, 64, TAIL)  # the least magnitude of each letter
@@ -176,7 +176,7 @@ def bands(matrix: NDArray[np.int32]) -> list[NDArray[np.int32]]:
 
 
 def choose(values: Ints, low: int, high: int) -> Model:
-    """The model that makes this array smallest, found one setting at a time on at most 2^18 of its integers."""
+    """The model that makes this array smallest, found one setting at a time on at most 2^16 of its integers."""
     sample = values
     if values.size > TRIAL:
         lines = max(1, TRIAL * values.shape[0] // values.size)

@@ -16,14 +16,12 @@ from torch import Tensor as Array
 from torch import nn
 
 from tersenet import artifact
-from tersenet.allocators.lagrange import from_below
-from tersenet.artifact import Coding, load
 from tersenet.calibrate import Moments, moments
 from tersenet.methods.feedback import Metric, levels, tree_of, waterfilled
 from tersenet.methods.transform import spatial
 from tersenet.packed import Tree, Uniform, kernel_dct, narrowed
-from tersenet.recipe import Draft, artifact_of, dense_array
-from tersenet.task import Task, one_thread, progress
+from tersenet.recipe import Draft, dense_array
+from tersenet.task import Task, one_thread
 
 SMALL = 64  # tensors with fewer weights stay floats
 
@@ -36,25 +34,18 @@ class Damping:
     rows: float = 1.0
 
 
-# What is tried where a size is to be met, with how much a bit weighs against distortion; what stays closest to the
-# network's outputs wins. One choice for all networks would be a good deal worse than the best of these on most.
-TRIED = (
-    (Damping(1e-2, 1.0), 0.0),
-    (Damping(1e-2, 1.0), 1.0),
-    (Damping(3e-3, 1.0), 1.0),
-    (Damping(3e-3, 0.3), 0.0),
-    (Damping(3e-2, 1.0), 0.5),
-    (Damping(1e-1, 0.1), 0.5),  # for few inputs and layers of few weights: MobileNetV2 needs it
-)
-
-
 @dataclass(frozen=True)
 class Gathered:
-    """A draft with BatchNorm folded, the moments of its layers, and which bias is added to each weight's output."""
+    """A draft with BatchNorm folded, the moments of its layers, and which bias is added to each weight's output.
+
+    `part` are the moments of all inputs but `held`, on which settings can be compared.
+    """
 
     draft: Draft
     found: Mapping[str, Moments]
     biases: Mapping[str, str]
+    part: Mapping[str, Moments]
+    held: Array
 
 
 @dataclass(frozen=True)
@@ -108,64 +99,6 @@ class Waterfill:
             return prepare(gather(draft, task, self.samples), self.damping).at(self.c, self.rate)
 
 
-def to_size(gathered: Gathered, most: int, task: Task | None, coding: Coding | None = None) -> Draft:
-    """The draft whose file takes at most `most` bytes and nearly all of them.
-
-    With a task, each of `TRIED` is brought to the size, and the one whose outputs on training inputs stay closest to
-    the unquantized network's is taken.
-    """
-    found = []
-    c = 0.003 if task else 0.1
-    for damping, rate in progress(TRIED if task else TRIED[:1], "quantizing", len(TRIED)):
-        prepared, files = prepare(gathered, damping), dict[float, Draft]()
-
-        def size_at(
-            c: float, prepared: Prepared = prepared, rate: float = rate, files: dict[float, Draft] = files
-        ) -> int:
-            files[c] = prepared.at(c, rate)
-            errors = 3 * (len(prepared.layers) + len(prepared.shifts))  # bytes that the measured errors will add
-            return artifact_of(files[c], coding).nbytes + errors
-
-        c = from_below(size_at, most, c)
-        found.append(files[c])
-    if task is None:
-        return found[0]
-    x = task.calibration(1024)
-    wanted = _outputs(gathered.draft, x)
-    return min(found, key=lambda draft: _distance(wanted, _outputs(draft, x)))
-
-
-def to_drop(gathered: Gathered, points: float, task: Task, coding: Coding | None = None) -> Draft:
-    """The smallest file found whose metric, on the task's data for choosing, falls by at most `points`."""
-    data, prepared = task.held(), prepare(gathered)
-    floor = task.score(data, gathered.draft.module()) - points / 100
-    best, low, high = None, 1e-6, 0.1
-    for _ in range(9):
-        c = math.sqrt(low * high)
-        draft = prepared.at(c)
-        if task.score(data, load(artifact_of(draft, coding).to_bytes()).into(draft.model)) >= floor:
-            best, low = draft, c
-        else:
-            high = c
-    if best is None:
-        raise ValueError(f"a drop of {points} points cannot be met: the finest step that was tried loses more")
-    return best
-
-
-def _outputs(draft: Draft, x: Array) -> Array:
-    with torch.no_grad(), one_thread():
-        model = draft.module().eval()
-        return torch.cat([model(part) for part in x.split(64)])  # type: ignore[no-untyped-call]
-
-
-def _distance(wanted: Array, found: Array) -> float:
-    """Mean Kullback-Leibler divergence of the predictions for class scores, else the mean squared difference."""
-    if wanted.dim() != 2:
-        return float((wanted - found).square().mean())
-    p, q = wanted.double().log_softmax(1), found.double().log_softmax(1)
-    return float((p.exp() * (p - q)).sum(1).mean())
-
-
 def rounded(values: np.ndarray, step: float) -> Tree:
     """Values at multiples of a step, or as fp16 floats where levels would not be fewer bits."""
     step = float(np.float32(step))
@@ -178,10 +111,15 @@ def rounded(values: np.ndarray, step: float) -> Tree:
 def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
     """Fold BatchNorm and gather the moments; without a task there are none, and every metric is the identity."""
     if task is None or draft.model is None:
-        return Gathered(draft, {}, {})
+        return Gathered(draft, {}, {}, {}, torch.empty(0))
     x = task.calibration(samples)
     draft, biases = folded(draft, x[: min(len(x), 8)])
-    return Gathered(draft, moments(draft.module(), x, task), biases)
+    cut = max(1, 3 * len(x) // 4)
+    part = moments(draft.module(), x[:cut], task)
+    if cut == len(x):
+        return Gathered(draft, part, biases, part, x)
+    rest, weight = moments(draft.module(), x[cut:], task, seed=cut), cut / len(x)
+    return Gathered(draft, {n: m.mixed(rest[n], weight) for n, m in part.items()}, biases, part, x[cut:])
 
 
 def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
@@ -229,9 +167,9 @@ def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: s
     raw = 1e-5 * known.inputs.diagonal(dim1=1, dim2=2).mean(1)
     mean = a.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
     a = a + (damping.inputs * (mean + 1e-3 * mean.mean()) + raw + 1e-12)[:, None, None] * torch.eye(n)
-    rows = shape[0] // groups
-    g = torch.stack([known.outputs[at : at + rows, at : at + rows] for at in range(0, shape[0], rows)])
-    g = g + (damping.rows * known.outputs.diagonal().mean() + 1e-30) * torch.eye(rows)
+    m = shape[0] // groups
+    g = torch.stack([known.outputs[at : at + m, at : at + m] for at in range(0, shape[0], m)])
+    g = g + (damping.rows * known.outputs.diagonal().mean() + 1e-30) * torch.eye(m)
     metric = Metric(_factor(a).numpy(), _factor(g).numpy())
     return Layer(name, flat.numpy(), metric, means.numpy(), shape, transformed, bias)
 
