@@ -197,17 +197,22 @@ def ratios(rows) -> dict[str, float]:
 
 
 def main(names: list[str]) -> None:
-    path = ROOT / "bench/results/ptq.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
     for name in names:
         bench = Bench(name)
         bench.ours()
         bench.everyday()
         if os.environ.get("NNC_PYTHON"):
             bench.nnc(os.environ["NNC_PYTHON"])
-        else:
-            bench.rows += [r for r in kept if r["network"] == name and str(r["method"]).startswith("NNC")]
-        kept = [r for r in kept if r["network"] != name] + bench.rows
+        keep(bench)
+
+
+def keep(bench: Bench) -> None:
+    """Put one network's rows into the table, so that a run that is stopped loses nothing."""
+    path = ROOT / "bench/results/ptq.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    if not os.environ.get("NNC_PYTHON"):
+        bench.rows += [r for r in kept if r["network"] == bench.name and str(r["method"]).startswith("NNC")]
+    kept = [r for r in kept if r["network"] != bench.name] + bench.rows
     found = ratios(kept)
     mean = round(float(np.exp(np.mean(np.log(list(found.values()))))), 3) if found else None
     write("ptq", kept, 0, bytes_to_nnc_at_equal_accuracy=found, geometric_mean=mean)

@@ -105,7 +105,8 @@ def test_the_search_for_the_damping_walks_to_the_best(best):
     def distance(damping):
         return 1 + abs(np.log(damping.inputs / best.inputs)) + abs(np.log(damping.rows / best.rows))
 
-    found = descended(distance)
+    seen = descended(distance)
+    found = min(seen, key=lambda damping: seen[damping])
     assert found.inputs == pytest.approx(best.inputs) and found.rows == pytest.approx(best.rows)
 
 
