@@ -171,6 +171,14 @@ def test_compress_proves_the_reopened_file_and_leaves_the_model_alone(task, tmp_
     assert buffers["steps"] == 3 and buffers["steps"].dtype == np.int64
 
 
+def test_a_kept_result_that_cannot_be_read_is_made_again(task, tmp_path):
+    recipe = (Prune(0.2, 1, 1), Narrow())
+    first = compress(task, recipe, folder=tmp_path).artifact.to_bytes()
+    for kept in tmp_path.iterdir():
+        kept.write_bytes(kept.read_bytes()[:-3])
+    assert compress(task, recipe, folder=tmp_path).artifact.to_bytes() == first
+
+
 def test_three_runs_make_the_same_file_native_or_not(task, tmp_path, monkeypatch):
     recipe = tn.papers.deep_compression(0.05, 3, rounds=1, epochs=1)
     first = compress(task, recipe, folder=tmp_path / "a").artifact.to_bytes()

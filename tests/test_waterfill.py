@@ -91,6 +91,38 @@ def test_moments_are_the_same_at_any_number_of_threads(task, monkeypatch):
     assert set(found[0]) == {"conv.weight", "first.weight", "second.weight", "last.weight"}
 
 
+class Tagger(nn.Module):
+    """Tokens through a tied embedding, attention and a recurrent layer: weights that no linear layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 16), nn.Linear(16, 40)
+        self.attend, self.rnn = nn.MultiheadAttention(16, 2, batch_first=True), nn.LSTM(16, 16, batch_first=True)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.attend(x, x, x, need_weights=False)[0]
+        return self.head(self.rnn(x)[0]).movedim(-1, 1)
+
+
+def test_recurrent_and_attention_weights_have_moments_and_are_quantized_by_them():
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 40, (120, 12))
+    task = tn.Task(Tagger(), (tokens, tokens.roll(1, 1)))
+    gathered = gather(Draft.of_model(task.model), task)
+    free = {"attend.in_proj_weight", "attend.out_proj.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0"}
+    assert free | {"head.weight"} == set(gathered.found)
+    for name in free:
+        known = gathered.found[name]
+        scale = known.inputs.diagonal(dim1=1, dim2=2).mean()
+        assert float(scale) == pytest.approx(1) and torch.linalg.eigvalsh(known.inputs).min() > -1e-9
+        assert known.outputs.shape == (len(task.model.get_parameter(name)),) * 2
+    assert all(layer.metric.inputs is not None for layer in prepare(gathered).layers)
+    draft = to_size(gathered, 4_000, task)
+    assert artifact_of(draft).nbytes <= 4_000
+
+
 def test_moments_of_two_sets_mix_to_those_of_both(task):
     x = task.calibration(120)
     whole, first, second = (moments(task.model, part, task) for part in (x, x[:80], x[80:]))

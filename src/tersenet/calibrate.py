@@ -6,8 +6,9 @@ labels SAMPLED from the network's own prediction (the true Fisher of K-FAC, Mart
 positions is the "reduce" form of Eschenhagen et al. 2023). Sums are float64. Batches are spread over the cores and
 added in order, so the number of threads changes nothing.
 
-A layer of another kind (embeddings, recurrent and attention projections) gets the diagonal moments of its weight's
-own gradient instead: `Moments.of_gradient`.
+A weight of another kind (of recurrent and attention layers, small embeddings, or one that is used without its layer)
+gets the nearest factors of its own gradient's moments: with D [rows, n] the gradient over a batch of sampled labels,
+which on average are independent, A is E[D^T D] and G is E[D D^T], scaled so that their traces' product is E |D|^2.
 """
 
 import os
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from tersenet.task import Task, one_thread, progress
 
 BATCH = 16
+WIDEST = 4096  # weights with more rows or columns than this, and no layer to watch, have no moments
 FLATTER = 2.0  # temperature of the distribution that labels are drawn from
 
 
@@ -59,7 +61,17 @@ def moments(model: nn.Module, inputs: Tensor, task: Task, labels: int = 4, seed:
         for part in progress(parts, "calibrating", len(batches)):
             _add(sums, part)
     model.train(training)
-    return {f"{name}.weight".lstrip("."): Moments(*(s / len(inputs) for s in found)) for name, found in sums.items()}
+    return {name: _scaled(*(s / len(inputs) for s in found)) for name, found in sums.items()}
+
+
+def _scaled(inputs: Tensor, means: Tensor, outputs: Tensor) -> Moments:
+    """Where sums of gradients stand for a layer's inputs (their means are empty), the scale is shared out."""
+    if means.numel():
+        return Moments(inputs, means, outputs)
+    size = inputs.diagonal(dim1=1, dim2=2).sum().clamp_min(1e-300)
+    return Moments(
+        inputs / size * inputs.shape[1], torch.zeros(inputs.shape[:2], dtype=inputs.dtype), outputs / inputs.shape[1]
+    )
 
 
 def _add(sums: dict[str, list[Tensor]], more: dict[str, list[Tensor]]) -> None:
@@ -105,17 +117,29 @@ def _batch_sums(
         logits = model(x.clone().requires_grad_() if x.is_floating_point() else x)
     calls = [(name, *call) for name, passes in record.items() for call in passes]
     record.clear()
-    outputs = [out for *_, out in calls]
+    others = _unwatched(model, [layer for _, layer, *_ in calls])
+    asked = [out for *_, out in calls] + list(others.values())
     gradients: list[list[Tensor]] = []
     for turn in range(labels):
         loss = _sampled_loss(logits, task, generator)
-        found = torch.autograd.grad(loss, outputs, retain_graph=turn + 1 < labels, allow_unused=True)
-        gradients.append([torch.zeros_like(o) if g is None else g for g, o in zip(found, outputs)])
+        found = torch.autograd.grad(loss, asked, retain_graph=turn + 1 < labels, allow_unused=True)
+        gradients.append([torch.zeros_like(o) if g is None else g for g, o in zip(found, asked)])
     sums: dict[str, list[Tensor]] = {}
     for k, (name, layer, given, _) in enumerate(calls):
         reduced = torch.cat([_summed(layer, turn[k]) for turn in gradients]).double()
-        _add(sums, {name: [*input_moments(layer, given), reduced.T @ reduced / labels]})
+        _add(sums, {f"{name}.weight".lstrip("."): [*input_moments(layer, given), reduced.T @ reduced / labels]})
+    for k, name in enumerate(others, len(calls)):
+        d = torch.stack([turn[k].flatten(1) for turn in gradients]).double()
+        across, along = (d.transpose(1, 2) @ d).mean(0), (d @ d.transpose(1, 2)).mean(0)
+        _add(sums, {name: [across[None], torch.empty(0), along]})
     return sums
+
+
+def _unwatched(model: nn.Module, layers: list[nn.Module]) -> dict[str, Tensor]:
+    """The weights of two axes or more that none of the watched layers holds."""
+    known = {id(layer.weight) for layer in layers}
+    found = {n: p for n, p in model.named_parameters() if p.dim() > 1 and p.requires_grad and id(p) not in known}
+    return {n: p for n, p in found.items() if p.numel() and max(len(p), p[0].numel()) <= WIDEST}
 
 
 def _sampled_loss(outputs: Tensor, task: Task, generator: torch.Generator) -> Tensor:

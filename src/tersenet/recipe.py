@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tersenet.artifact import Artifact, Coding, Tensor, load, relative_error
+from tersenet.artifact import Artifact, Coding, FormatError, Tensor, load, relative_error
 from tersenet.packed import Array, Packed, Tree, map_arrays, unpack
 from tersenet.task import Task
 
@@ -195,8 +195,9 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
         mark.update(repr(stage).encode())
         kept = None if folder is None else folder / f"{mark.hexdigest()[:24]}.terse"
         begun = time.monotonic()
-        if kept is not None and kept.exists():
-            draft = replace(draft, tensors=load(kept, limit=1 << 40).tensors)
+        earlier = _kept(kept)
+        if earlier is not None:
+            draft = replace(draft, tensors=earlier.tensors)
             log(f"stage {number} of {len(recipe)}: {stage} (kept from an earlier run)")
             continue
         log(f"stage {number} of {len(recipe)}: {stage}")
@@ -206,6 +207,14 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
             artifact_of(draft, Coding(("bits",))).save(kept)
         log(f"  {time.monotonic() - begun:.1f} s")
     return draft
+
+
+def _kept(path: Path | None) -> Artifact | None:
+    """An earlier run's result; a file that is damaged or of another version is as good as none."""
+    try:
+        return load(path, limit=1 << 40) if path is not None and path.exists() else None
+    except FormatError:
+        return None
 
 
 def cache_folder() -> Path:

@@ -124,7 +124,9 @@ def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
 
 def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
     """Damp and factor the moments of every layer."""
-    draft, found, biases = gathered.draft, gathered.found, gathered.biases
+    draft, biases = gathered.draft, gathered.biases
+    held = {id(draft.tensors[name]): known for name, known in gathered.found.items() if name in draft.tensors}
+    found = {name: held[id(t)] for name, t in draft.tensors.items() if id(t) in held}  # by any name of tied weights
     layers, shifts = [], {}
     with one_thread():
         for name in draft.weights():
