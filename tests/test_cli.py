@@ -46,6 +46,7 @@ def test_a_network_goes_through_every_command(home):
     assert "Sparse(Codebook)" in terse("inspect", home / "a.terse")
     ledger = json.loads(terse("inspect", home / "a.terse", "--json"))
     assert sum(t["bytes"] for t in ledger["tensors"]) == ledger["bytes"] == (home / "a.terse").stat().st_size
+    assert "error of the outputs" in terse("inspect", home / "a.terse", "--task", home / "task.py")
     assert "test metric" in terse("verify", home / "a.terse", "--task", home / "task.py")
     for name in ("a.npz", "a.safetensors"):
         terse("unpack", home / "a.terse", "-o", home / name)

@@ -13,7 +13,7 @@ MAY = {
     "codecs": "native", "container": "packed codecs",
     "artifact": "container packed codecs", "methods": "packed native", "calibrate": "task",
     "recipe": "packed task artifact", "stages": "recipe methods calibrate packed task artifact allocators",
-    "papers": "stages methods allocators recipe", "promise": "artifact packed papers recipe stages task",
+    "papers": "stages methods allocators recipe", "promise": "artifact calibrate packed papers recipe stages task",
     "recipe_file": "papers stages methods recipe",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "cli": "papers report runtime recipe artifact codecs promise recipe_file",

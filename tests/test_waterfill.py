@@ -12,12 +12,12 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.allocators.lagrange import Lagrange, Option, from_below
-from tersenet.artifact import load
+from tersenet.artifact import Artifact, load
 from tersenet.calibrate import input_moments, moments
 from tersenet.methods.feedback import Metric, Steps, levels, waterfilled
 from tersenet.methods.transform import KernelDCT
 from tersenet.packed import Transformed, unpack
-from tersenet.promise import compress
+from tersenet.promise import compress, output_errors
 from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of
 from tersenet.stages.budget import descended, to_size
 from tersenet.stages.waterfill import Damping, folded, gather, prepare
@@ -231,6 +231,14 @@ def test_a_drop_is_met_on_the_data_for_choosing(task):
     model = load(result.artifact.to_bytes()).into(Net())
     assert task.score(task.held(), model) >= task.score(task.held()) - 0.01
     assert result.artifact.nbytes < 0.2 * 4 * 19_000
+
+
+def test_output_errors_are_those_of_the_layers_outputs(task):
+    fine, coarse = (compress(task, budget=Budget(size=size)).artifact for size in (12_000, 5_000))
+    errors = [output_errors(artifact, task) for artifact in (fine, coarse)]
+    assert set(errors[0]) == {"conv.weight", "first.weight", "second.weight", "last.weight"}
+    assert all(0 < errors[0][name] < errors[1][name] < 1 for name in errors[0])
+    assert max(output_errors(Artifact(dict(Draft.of_model(task.model).tensors)), task).values()) == 0
 
 
 def test_arrays_alone_are_quantized_to_a_ratio():

@@ -65,15 +65,28 @@ def compress_command(
 def inspect(
     file: FILE,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON")] = False,
+    task: TASK = None,
 ) -> None:
-    """Print the ledger: for each tensor its tree, codec, bytes, error, and why it is as it is."""
+    """Print the ledger: for each tensor its tree, codec, bytes, error, and why it is as it is.
+
+    With --task also how far each layer's outputs are from the original's on training inputs.
+    """
     artifact = load(file)
-    rows = artifact.ledger()
+    rows, outputs = artifact.ledger(), dict[str, float]()
+    if task:
+        from tersenet.promise import output_errors
+
+        outputs = output_errors(artifact, _task(task))
     if as_json:
         body = [row._asdict() | {"shape": list(row.shape), "bytes": row.total} for row in rows]
-        typer.echo(json.dumps({"bytes": artifact.nbytes, "meta": artifact.meta, "tensors": body}, indent=1))
-    else:
-        typer.echo(str(artifact))
+        whole = {"bytes": artifact.nbytes, "meta": artifact.meta, "tensors": body, "output_errors": outputs}
+        typer.echo(json.dumps(whole, indent=1))
+        return
+    typer.echo(str(artifact))
+    if outputs:
+        typer.echo("\nrelative error of the outputs:")
+    for name, error in outputs.items():
+        typer.echo(f"{name:<{max(map(len, outputs))}} {error:7.4f}")
 
 
 @app.command()

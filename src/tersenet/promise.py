@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tersenet.artifact import Artifact, Coding, errors_against, load
+from tersenet.calibrate import moments
 from tersenet.packed import Array
-from tersenet.recipe import Budget, Draft, PromiseBroken, Recipe, Result, artifact_of, cache_folder, run
+from tersenet.recipe import Budget, Draft, PromiseBroken, Recipe, Result, artifact_of, cache_folder, dense_array, run
 from tersenet.stages.budget import to_drop, to_size
-from tersenet.stages.waterfill import gather
+from tersenet.stages.waterfill import folded, gather
 from tersenet.task import Task, one_thread
 
 METRIC_BYTES = 24  # what the measured metric adds to a file, at most
@@ -121,3 +124,26 @@ def verify(path: str | Path, against: Mapping[str, Array] | None = None, task: T
         if found["metric"] < artifact.meta.get("metric", 0) - 1e-6:
             raise PromiseBroken(f"the metric is {found['metric']:.4f}, the file says {artifact.meta['metric']:.4f}")
     return found
+
+
+def output_errors(artifact: Artifact, task: Task, samples: int = 256) -> dict[str, float]:
+    """Relative L2 error of each layer's outputs on the task's training inputs, by the name of its weight.
+
+    The task's model holds the original weights; where the file holds them with BatchNorm folded in, they are compared
+    folded. Layers that are not linear or convolutional are left out.
+    """
+    draft = Draft.of_model(copy.deepcopy(task.model))
+    x = task.calibration(samples)
+    with one_thread():
+        known = moments(draft.module(), x, task, labels=1)
+    both, dense, errors = (draft, folded(draft, x[:8])[0]), artifact.unpack(), dict[str, float]()
+    for name, found in known.items():
+        if name not in dense or not found.means.any():
+            continue
+        shape = (len(found.inputs), -1, found.inputs.shape[1])
+        originals = [dense_array(one.tensors[name]).astype(np.float64).reshape(shape) for one in both]
+        stored = dense[name].astype(np.float64).reshape(shape)
+        original = min(originals, key=lambda w: float(np.square(stored - w).sum()))
+        lost, whole = (float(((e @ found.inputs.numpy()) * e).sum()) for e in (stored - original, original))
+        errors[name] = math.sqrt(max(lost, 0) / whole) if whole > 0 else 0.0
+    return errors
