@@ -116,6 +116,36 @@ def test_weight_rewinding_restores_the_snapshot_and_replays_the_schedules_tail(t
         Prune(0.5, 1, epochs=3, retrain="weights")(Draft.of_model(task.model), task)
 
 
+def test_the_random_control_keeps_the_masks_and_replays_the_whole_schedule_from_fresh_weights(task, monkeypatch):
+    from tersenet.stages import prune
+
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    draft = Prune(0.3, 1, retrain="none")(Draft.of_model(task.model), task)
+    fresh, other = prune.reinitialized(draft, 1), prune.reinitialized(draft, 2)
+    assert artifact_of(prune.reinitialized(draft, 1)).to_bytes() == artifact_of(fresh).to_bytes()
+    assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
+    for name in draft.weights():
+        masks = [one.tensors[name].tree.mask for one in (draft, fresh, other)]
+        assert np.array_equal(masks[0], masks[1]) and np.array_equal(masks[0], masks[2])
+        assert not np.array_equal(fresh.tensors[name].tree.values, draft.tensors[name].tree.values)
+        assert not np.array_equal(fresh.tensors[name].tree.values, other.tensors[name].tree.values)
+    seen = []
+    monkeypatch.setattr(prune, "tune", lambda draft, task, schedule, epochs, *rest: seen.append(epochs) or draft)
+    Prune(0.3, 2, epochs=1, retrain="random")(Draft.of_model(task.model), task)
+    assert seen == [range(task.schedule.epochs)] * 2
+
+
+def test_rewinding_papers_prune_a_fifth_each_round(task, tmp_path):
+    prune, _ = tn.papers.lr_rewinding(0.8**3)
+    assert prune.rounds == 3 and prune.retrain == "learning-rate"
+    assert tn.papers.lottery_ticket(0.5, 2)[0] == Prune(0.5, 2, 10, retrain="weights")
+    for recipe in (tn.papers.lr_rewinding(0.2, 2, 1), tn.papers.lottery_ticket(0.2, 2, 2)):
+        artifact = compress(task, recipe, folder=tmp_path).artifact
+        trees = [t.tree for t in {id(t): t for t in artifact.tensors.values()}.values() if isinstance(t.tree, Sparse)]
+        kept, size = sum(int(t.mask.sum()) for t in trees), sum(t.mask.size for t in trees)
+        assert kept == round(0.2 * size)
+
+
 def test_tuning_holds_the_integers_and_moves_the_floats(task):
     draft = Pack(KMeans(3))(Prune(0.3, 1, retrain="none")(Draft.of_model(task.model), task), task)
     tuned = Finetune(1, lr=0.001)(draft, task)

@@ -179,7 +179,7 @@ def _plain(coded: bytes) -> bytes:
         raise FormatError("the header is of an unknown kind")
     expander = zlib.decompressobj(-15)
     try:
-        plain = expander.decompress(coded[1:], min(HEADER_CAP, 64 * len(coded) + 4096))
+        plain = expander.decompress(coded[1:], min(HEADER_CAP, 32 * len(coded) + 4096))
     except zlib.error:
         raise FormatError("the header is damaged") from None
     if not expander.eof or expander.unused_data:
@@ -403,7 +403,7 @@ def write(tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any
     plain += put_number(len(meta)) + meta
     shrinker = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
     deflated = shrinker.compress(plain) + shrinker.flush()
-    small = len(deflated) < len(plain) <= 64 * len(deflated)
+    small = len(deflated) < len(plain) <= 32 * len(deflated)
     coded = b"\1" + deflated if small else b"\0" + bytes(plain)
     if max(len(coded), len(plain)) > HEADER_CAP:
         raise ValueError(f"the header would be over {HEADER_CAP:,} bytes")

@@ -1,5 +1,7 @@
 """Published methods as short compositions of stages; the equations stand in the methods' own files."""
 
+import math
+
 from tersenet.methods.kmeans import KMeans
 from tersenet.recipe import Recipe
 from tersenet.stages.finetune import Finetune
@@ -21,4 +23,26 @@ def deep_compression(density: float = 0.1, bits: int = 5, rounds: int = 5, epoch
     )
 
 
-PAPERS = {"deep-compression": deep_compression}
+def lr_rewinding(density: float = 0.1, rounds: int | None = None, epochs: int = 10, seed: int = 0) -> Recipe:
+    """Learning-rate rewinding (Renda, Frankle, Carbin 2020): prune the smallest 20 % globally, replay the schedule.
+
+    Every round replays the last `epochs` of the task's own schedule from the weights as they are. Without `rounds`
+    there are as many as 20 % a round takes.
+    """
+    return Prune(density, rounds or _rounds(density), epochs, seed=seed), Narrow()
+
+
+def lottery_ticket(density: float = 0.1, rounds: int | None = None, epochs: int = 10, seed: int = 0) -> Recipe:
+    """Lottery ticket (Frankle, Carbin 2019; Frankle et al. 2020): prune, and go back to the survivors' early weights.
+
+    Every round goes back to the weights before the last `epochs` of the task's schedule, which the task must have kept
+    (`Task.trained(keep=[epoch])`), and trains from there.
+    """
+    return Prune(density, rounds or _rounds(density), epochs, retrain="weights", seed=seed), Narrow()
+
+
+def _rounds(density: float) -> int:
+    return max(1, round(math.log(density) / math.log(0.8)))
+
+
+PAPERS = {"deep-compression": deep_compression, "lr-rewinding": lr_rewinding, "lottery-ticket": lottery_ticket}

@@ -1,14 +1,18 @@
 """Prune by magnitude, globally or by layer, in rounds with retraining (Han et al. 2015; Renda, Frankle, Carbin 2020).
 
 After each round the survivors are retrained: "finetune" at the schedule's last learning rate, "learning-rate" from the
-same weights with the schedule rewound by `epochs`, "weights" from the weights of that earlier epoch as well. The last
-epochs of the task's own schedule are replayed exactly; a schedule with fewer epochs is replayed whole.
+same weights with the schedule rewound by `epochs`, "weights" from the weights of that earlier epoch as well (the
+lottery ticket of Frankle and Carbin 2019, rewound to an early epoch as in Frankle et al. 2020). "random" is the control
+for it: the same masks, the whole schedule, from a fresh random initialisation. The last epochs of the task's own
+schedule are replayed exactly; a schedule with fewer epochs is replayed whole.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.packed import Array, Packed, Sparse, Tree
@@ -16,7 +20,7 @@ from tersenet.recipe import Draft, dense_array
 from tersenet.stages.finetune import tune
 from tersenet.task import Schedule, Task
 
-RETRAIN = ("learning-rate", "finetune", "weights", "none")
+RETRAIN = ("learning-rate", "finetune", "weights", "random", "none")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Prune:
         if self.retrain == "finetune":
             last = schedule.rate(schedule.epochs - 1)
             schedule = Schedule(**{**vars(schedule), "lr": last, "drops": (), "epochs": epochs})
+        if self.retrain == "random":
+            epochs, draft = schedule.epochs, reinitialized(draft, self.seed + number)
         begin = schedule.epochs - epochs
         if begin < 0:
             schedule, begin = replace(schedule, epochs=epochs), 0
@@ -106,9 +112,26 @@ def rewound(draft: Draft, task: Task, epoch: int) -> Draft:
         raise ValueError(
             f"weight rewinding needs the weights of epoch {epoch}; the task has {there}: trained(keep=[{epoch}])"
         )
-    then = {name: value.numpy() for name, value in task.snapshots[epoch].items()}
+    return _under_masks(draft, {name: value.numpy() for name, value in task.snapshots[epoch].items()})
+
+
+def reinitialized(draft: Draft, seed: int) -> Draft:
+    """The draft with fresh random weights under its masks, by the layers' own `reset_parameters`."""
+    if draft.model is None:
+        raise ValueError("a random initialisation needs the network's layers, but only arrays were given")
+    model = copy.deepcopy(draft.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
+    fresh = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    return _under_masks(draft, fresh)
+
+
+def _under_masks(draft: Draft, values: Mapping[str, Array]) -> Draft:
     trees = {}
     for name, tensor in draft.tensors.items():
         tree = tensor.tree
-        trees[name] = Sparse(tree.mask, then[name][tree.mask]) if isinstance(tree, Sparse) else then[name].copy()
+        trees[name] = Sparse(tree.mask, values[name][tree.mask]) if isinstance(tree, Sparse) else values[name].copy()
     return draft.with_trees(trees)
