@@ -1,6 +1,7 @@
 """Published methods as short compositions of stages; the equations stand in the methods' own files."""
 
 import math
+from collections.abc import Callable
 
 from tersenet.methods.kmeans import KMeans
 from tersenet.recipe import Recipe
@@ -45,4 +46,8 @@ def _rounds(density: float) -> int:
     return max(1, round(math.log(density) / math.log(0.8)))
 
 
-PAPERS = {"deep-compression": deep_compression, "lr-rewinding": lr_rewinding, "lottery-ticket": lottery_ticket}
+PAPERS: dict[str, Callable[..., Recipe]] = {
+    "deep-compression": deep_compression,
+    "lr-rewinding": lr_rewinding,
+    "lottery-ticket": lottery_ticket,
+}
