@@ -10,14 +10,25 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tersenet import codecs
 from tersenet.codecs.stream import FormatError, Reader, put_number, unzigzag, zigzag
-from tersenet.packed import NODES, Array, Packed, Tree, arrays, check_tree, check_tree_values, map_arrays, unpack
+from tersenet.packed import (
+    NODES,
+    Array,
+    Packed,
+    Tree,
+    arrays,
+    check_tree,
+    check_tree_values,
+    map_arrays,
+    parts_of,
+    unpack,
+)
 
 MAGIC, VERSION = b"TERSE", 1
 PREAMBLE, FOOTER = 14, 12  # magic, version, header length, header CRC; whole length, whole CRC
@@ -280,7 +291,7 @@ def _parse_value(reader: Reader, streams: _Streams, depth: int) -> Any:
     if tag - NODE >= len(NODES):
         raise FormatError("a tree has a node that this version does not know")
     node = list(NODES.values())[tag - NODE]
-    return node(*(_parse_value(reader, streams, depth + 1) for _ in fields(node)))
+    return node(*(_parse_value(reader, streams, depth + 1) for _ in parts_of(node)))
 
 
 def _parse_array(reader: Reader, streams: _Streams) -> Promise:
@@ -303,8 +314,8 @@ def _decoded_size(tree: Tree) -> int:
 
 def _nodes(tree: Tree) -> Iterator[Packed]:
     if isinstance(tree, Packed):
-        for f in fields(tree):
-            value = getattr(tree, f.name)
+        for name in parts_of(type(tree)):
+            value = getattr(tree, name)
             for child in value if isinstance(value, tuple) else (value,):
                 if isinstance(child, Packed):
                     yield child
@@ -439,7 +450,7 @@ def _value_header(value: Any, coding: Coding, streams: bytearray) -> bytes:
     if isinstance(value, tuple):
         return bytes([TUPLE]) + put_number(len(value)) + b"".join(_value_header(v, coding, streams) for v in value)
     if isinstance(value, Packed):
-        parts = (_value_header(getattr(value, f.name), coding, streams) for f in fields(value))
+        parts = (_value_header(getattr(value, name), coding, streams) for name in parts_of(type(value)))
         return bytes([NODE + list(NODES).index(type(value).__name__)]) + b"".join(parts)
     return _array_header(np.asarray(value), coding, streams)
 

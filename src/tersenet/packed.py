@@ -9,7 +9,7 @@ training, and torch is never imported: its functions are found through the tenso
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -268,12 +268,21 @@ def children(tree: Tree) -> Iterator[tuple[str, Tree]]:
     """The arrays and nodes directly under a node, with their field names (`steps.0` for a tuple's first)."""
     if not isinstance(tree, Packed):
         return
-    for field in fields(tree):
-        value = getattr(tree, field.name)
+    for name in parts_of(type(tree)):
+        value = getattr(tree, name)
         if isinstance(value, tuple):
-            yield from ((f"{field.name}.{i}", v) for i, v in enumerate(value) if hasattr(v, "shape"))
-        elif hasattr(value, "shape"):
-            yield field.name, value
+            yield from ((f"{name}.{i}", v) for i, v in enumerate(value) if _is_tree(v))
+        elif _is_tree(value):
+            yield name, value
+
+
+def parts_of(kind: type[Packed]) -> tuple[str, ...]:
+    """The names of a node's fields, as its dataclass lists them."""
+    return kind.__match_args__  # type: ignore[attr-defined, no-any-return]
+
+
+def _is_tree(value: Any) -> bool:
+    return isinstance(value, Packed) or hasattr(value, "shape")  # a node's shape is computed, so it is not asked for
 
 
 def arrays(tree: Tree, path: str = "") -> Iterator[tuple[str, Array]]:
@@ -289,13 +298,13 @@ def map_arrays(tree: Tree, change: Callable[[str, Array], Array], path: str = ""
     if not isinstance(tree, Packed):
         return change(path, tree) if hasattr(tree, "shape") else tree
     changed: dict[str, Any] = {}
-    for field in fields(tree):
-        value, below = getattr(tree, field.name), f"{path}.{field.name}" if path else field.name
+    for name in parts_of(type(tree)):
+        value, below = getattr(tree, name), f"{path}.{name}" if path else name
         if isinstance(value, tuple):
-            changed[field.name] = tuple(map_arrays(v, change, f"{below}.{i}") for i, v in enumerate(value))
+            changed[name] = tuple(map_arrays(v, change, f"{below}.{i}") for i, v in enumerate(value))
         else:
-            changed[field.name] = map_arrays(value, change, below)
-    return replace(tree, **changed)
+            changed[name] = map_arrays(value, change, below)
+    return type(tree)(**changed)
 
 
 def float_leaves(tree: Tree) -> dict[str, Array]:
