@@ -278,7 +278,7 @@ def children(tree: Tree) -> Iterator[tuple[str, Tree]]:
 
 def parts_of(kind: type[Packed]) -> tuple[str, ...]:
     """The names of a node's fields, as its dataclass lists them."""
-    return kind.__match_args__  # type: ignore[attr-defined, no-any-return]
+    return kind.__match_args__
 
 
 def _is_tree(value: Any) -> bool:
