@@ -1,8 +1,8 @@
 """Output-aware quantization of a whole network without retraining: one global step in the Fisher metric.
 
 The step of weight (i, j) of a layer is c / (R_ii L_jj): A = L L^T from the layer's inputs in the DCT domain of its
-kernels, G = R R^T from its output gradients, both damped. One number, c, sets size and accuracy of the whole network and
-so settles what each layer and row gets. BatchNorm is first folded to a scale and a shift, and its scale into the
+kernels, G = R R^T from its output gradients, both damped. One number, c, sets size and accuracy of the whole network
+and so settles what each layer and row gets. BatchNorm is first folded to a scale and a shift, and its scale into the
 convolution before it; the shifts and all biases are quantized by the same rule.
 """
 
