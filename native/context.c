@@ -19,14 +19,24 @@
 #define EXACT 8  /* letters below stand for one magnitude */
 #define TAIL 128 /* the last letter stands for magnitudes from here */
 #define COUNTS 512 /* after so many symbols the rate stays */
-#define PEAK 255 /* magnitudes above count as this much in the predictions */
+#define PEAK 15 /* magnitudes above count as this much in the predictions */
+#define WHOLE 32768
+#define LEAST 3 /* every letter's share tends to this much of WHOLE at least, and never falls under 2 */
 
 #define INLINE static inline __attribute__((always_inline)) /* else the state lives in memory, at half the speed */
 
 typedef struct {
-    _Alignas(32) int16_t share[LETTERS]; /* of all letters up to this one, in 1/32768; that of the last is 32767 */
+    _Alignas(64) int16_t end[LETTERS]; /* shares of all letters up to this one in 1/WHOLE, less WHOLE; the last is 0 */
     int32_t count;
+    int16_t unused[13], before; /* -WHOLE: what the alphabet that follows finds at end[-1] */
 } alphabet;
+
+/* What is known of a letter. */
+typedef struct {
+    _Alignas(64) int16_t target[LETTERS]; /* what an alphabet's ends move towards after it */
+    int32_t both, minus;                  /* all ones where it occurs with either sign; only with minus */
+    uint32_t open;                        /* even bits that tell its magnitudes apart */
+} letter_facts;
 
 typedef struct {
     uint64_t state;
@@ -51,9 +61,8 @@ INLINE void list(coder *c, uint32_t start, uint32_t share) {
     c->listed++;
 }
 
-INLINE void narrow(coder *c, uint32_t slot, uint32_t start, uint32_t share) {
-    c->state = share * (c->state >> 16) + slot - start;
-    /* A word is taken up rarely, so the branch is mostly guessed right. Without words the state runs down to 0. */
+/* Takes up a word when the state has run low. Without words it runs down to 0. */
+INLINE void refill(coder *c) {
     if (__builtin_expect(c->state >> 32 == 0, 0) && c->in != c->end) {
         c->state = c->state << 32 | (uint32_t)c->in[0] | (uint32_t)c->in[1] << 8 | (uint32_t)c->in[2] << 16 |
                    (uint32_t)c->in[3] << 24;
@@ -63,10 +72,12 @@ INLINE void narrow(coder *c, uint32_t slot, uint32_t start, uint32_t share) {
 
 INLINE uint32_t code_bits(coder *c, uint32_t value, uint32_t bits, const int32_t decode) {
     if (bits == 0) return 0;
-    uint32_t share = 1u << (16 - bits), slot = (uint32_t)(c->state & 0xffff);
+    uint32_t share = 1u << (16 - bits);
     if (decode) {
+        uint32_t slot = (uint32_t)((c->state & (WHOLE - 1)) << 1 | (c->state >> 15 & 1));
         value = slot >> (16 - bits);
-        narrow(c, slot, value * share, share);
+        c->state = share * (c->state >> 16) + slot - value * share;
+        refill(c);
     } else {
         list(c, value * share, share);
     }
@@ -85,65 +96,63 @@ static __attribute__((noinline)) uint32_t code_tail(coder *c, uint32_t value, co
 }
 
 typedef struct {
-    alphabet near[LEVELS][LEFTS], far[LEVELS];
-    int32_t sign[9]; /* share of "negative" in 1/65536 */
+    alphabet first;
+    struct {
+        alphabet near[LEFTS], far; /* for each magnitude of the left neighbour, and for all */
+    } at[LEVELS];
+    letter_facts letter[LETTERS];
+    int32_t sign[9];      /* share of "negative" in 1/65536, for each left and upper neighbour: 0, 1 plus, 2 minus */
     int16_t rate[COUNTS]; /* in 1/32768, after so many symbols */
     uint16_t next[COUNTS];
-    uint8_t open[LETTERS];  /* even bits that tell a letter's magnitudes apart */
-    int32_t both[LETTERS], minus[LETTERS]; /* all ones where the letter occurs with either sign; only with minus */
 } estimates;
 
-/* Fills ends[0..15] with what the letters' parts end at, less one, in 1/32768; ends[-1] is -1. Returns the letter that slot falls in. */
-INLINE int32_t mix(const alphabet *a, const alphabet *b, int32_t slot, int16_t *ends) {
+/* The letter that `slot`, less WHOLE, falls in where two alphabets' ends are averaged. */
+INLINE int64_t find(const alphabet *a, const alphabet *b, int32_t slot) {
 #if defined(__AVX2__)
-    const __m256i place = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m256i last = _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32767);
-    __m256i sum = _mm256_add_epi16(_mm256_load_si256((const __m256i *)a->share), _mm256_load_si256((const __m256i *)b->share));
-    sum = _mm256_add_epi16(_mm256_mulhi_epu16(sum, _mm256_set1_epi16(32768 - LETTERS)), place);
-    sum = _mm256_or_si256(sum, last);
-    _mm256_store_si256((__m256i *)ends, sum);
-    __m256i below = _mm256_cmpgt_epi16(_mm256_set1_epi16((int16_t)slot), sum);
-    return (int32_t)((uint32_t)__builtin_ctz(~(uint32_t)_mm256_movemask_epi8(below)) >> 1);
+    __m256i end = _mm256_avg_epu16(_mm256_load_si256((const __m256i *)a->end), _mm256_load_si256((const __m256i *)b->end));
+    __m256i over = _mm256_cmpgt_epi16(end, _mm256_set1_epi16((int16_t)slot));
+    return (int64_t)((uint32_t)__builtin_ctz((uint32_t)_mm256_movemask_epi8(over)) >> 1);
 #else
-    int32_t letter = 0;
-    for (int32_t k = 0; k < LETTERS; k++) {
-        ends[k] = (int16_t)(((uint32_t)(a->share[k] + b->share[k]) * (32768 - LETTERS) >> 16) + (uint32_t)k);
-        if (k == LETTERS - 1) ends[k] = 32767;
-        letter += slot > ends[k];
-    }
+    int64_t letter = 0;
+    for (int32_t k = 0; k < LETTERS; k++) letter += (a->end[k] + b->end[k] + 1) >> 1 <= slot;
     return letter;
 #endif
 }
 
-/* Moves every share by rate / 32768 of its way, rounded: to 32767 from the letter on, to 0 before it. */
-INLINE void learn(alphabet *a, int32_t letter, const estimates *s) {
+/* Moves every end by rate / 32768 of its way to the target, rounded. */
+INLINE void learn(alphabet *a, const int16_t *target, const estimates *s) {
 #if defined(__AVX2__)
-    const __m256i place = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m256i share = _mm256_load_si256((const __m256i *)a->share), before = _mm256_cmpgt_epi16(_mm256_set1_epi16((int16_t)letter), place);
-    __m256i way = _mm256_sub_epi16(_mm256_andnot_si256(before, _mm256_set1_epi16(32767)), share);
+    __m256i end = _mm256_load_si256((const __m256i *)a->end);
+    __m256i way = _mm256_sub_epi16(_mm256_load_si256((const __m256i *)target), end);
     way = _mm256_mulhrs_epi16(way, _mm256_set1_epi16(s->rate[a->count]));
-    _mm256_store_si256((__m256i *)a->share, _mm256_add_epi16(share, way));
+    _mm256_store_si256((__m256i *)a->end, _mm256_add_epi16(end, way));
 #else
     for (int32_t k = 0; k < LETTERS; k++)
-        a->share[k] = (int16_t)(a->share[k] + ((((k >= letter ? 32767 : 0) - a->share[k]) * s->rate[a->count] + 16384) >> 15));
+        a->end[k] = (int16_t)(a->end[k] + (((target[k] - a->end[k]) * s->rate[a->count] + 16384) >> 15));
 #endif
     a->count = s->next[a->count];
 }
 
 static void begin(estimates *s, const terse_model *m) {
     int32_t most = m->high > -m->low ? m->high : -m->low, last = letter_of((uint32_t)most), least = 32768 >> m->slow;
+    if (last == 0) last = 1; /* no share may be the whole, which takes 17 bits */
     for (int32_t k = 0; k < LETTERS; k++) {
-        s->both[k] = -(k > 0 && FLOOR[k] <= m->high && FLOOR[k] <= -m->low);
-        s->minus[k] = -(FLOOR[k] > m->high);
-        int32_t end = k == last ? most + 1 : k + 1 < LETTERS ? FLOOR[k + 1] : 0;
-        s->open[k] = 0;
-        while (FLOOR[k] + (1 << s->open[k]) < end) s->open[k]++;
-    }
-    for (int32_t k = 0; k < LEVELS; k++) {
+        letter_facts *l = &s->letter[k];
+        l->both = -(k > 0 && FLOOR[k] <= m->high && FLOOR[k] <= -m->low);
+        l->minus = -(FLOOR[k] > m->high);
+        int32_t end = k == last && most ? most + 1 : k + 1 < LETTERS ? FLOOR[k + 1] : 0;
+        l->open = 0;
+        while (FLOOR[k] + (1 << l->open) < end) l->open++;
         for (int32_t i = 0; i < LETTERS; i++)
-            s->far[k].share[i] = i < last ? (int16_t)m->prior[LETTERS * k + i] : 32767;
-        s->far[k].count = 0;
-        for (int32_t l = 0; l < LEFTS; l++) s->near[k][l] = s->far[k];
+            l->target[i] = (int16_t)(i >= last ? 0 : i < k ? LEAST * (i + 1) - WHOLE : LEAST * (i - last));
+    }
+    s->first.before = -WHOLE;
+    for (int32_t k = 0; k < LEVELS; k++) {
+        alphabet *far = &s->at[k].far;
+        for (int32_t i = 0; i < LETTERS; i++) far->end[i] = i < last ? m->prior[LETTERS * k + i] : 0;
+        far->count = 0;
+        far->before = -WHOLE;
+        for (int32_t l = 0; l < LEFTS; l++) s->at[k].near[l] = *far;
     }
     for (int32_t k = 0; k < 9; k++) s->sign[k] = 32768;
     for (int32_t n = 0; n < COUNTS; n++) {
@@ -153,24 +162,29 @@ static void begin(estimates *s, const terse_model *m) {
     }
 }
 
+/* What is known of a column: its mean magnitude in the rows above, 16 fractional bits, and the sign above. */
+typedef struct {
+    int32_t mean, sign;
+} cell;
+
 /* One stream on its way: the matrix that it fills, where it is, and what predicts the next value. */
 typedef struct {
     coder c;
     estimates *s;
     terse_model m;
-    int32_t *values, *line, *column; /* line: the row that is being filled; column: mean magnitudes of earlier rows */
-    int32_t *above;                  /* of the row above and, where this row has been, of this row: -1, 0, 1 */
-    int64_t i, j;
+    int32_t *values, *line; /* line: the end of the row that is being filled */
+    cell *cells;            /* their end */
+    int64_t i, j;           /* the row; the place in it, counted from -columns up to 0 */
     /* Mean magnitude along the row, 16 fractional bits; the predicted level sees it without the left neighbour
-     * (`older`), which chooses among the alphabets of that level instead. */
-    int32_t row, older, settle, left, beside;
+     * (`older`), which chooses among the alphabets of that level instead. left: three times its sign. */
+    int64_t row, older, settle, left, beside;
 } lane;
 
 INLINE void begin_row(lane *v) {
-    int32_t least = 65536 >> v->m.settle, settle = (int32_t)(v->i < 65536 ? 65536 / (v->i + 2) : 0);
+    int64_t least = 65536 >> v->m.settle, settle = v->i < 65536 ? 65536 / (v->i + 2) : 0;
     v->settle = settle > least ? settle : least;
-    v->line = v->values + v->i * v->m.columns;
-    v->j = 0;
+    v->line = v->values + (v->i + 1) * v->m.columns;
+    v->j = -v->m.columns;
     v->left = v->beside = 0;
 }
 
@@ -179,101 +193,116 @@ static int64_t begin_lane(lane *v, coder c, estimates *s, const terse_model *m, 
         m->blend < 0 || m->blend > 16 || m->slow < 4 || m->slow > 9 || m->memory < 0 || m->memory > 15 ||
         m->settle < 0 || m->settle > 15)
         return TERSE_EARGUMENT;
-    *v = (lane){.c = c, .s = s, .m = *m, .values = values, .column = work, .row = 32768, .older = 32768};
-    v->above = work + m->columns;
-    for (int64_t j = 0; j < m->columns; j++) {
-        work[j] = 32768;
-        work[m->columns + j] = 0;
-    }
+    cell *cells = (cell *)work;
+    *v = (lane){.c = c, .s = s, .m = *m, .values = values, .cells = cells + m->columns, .row = 32768, .older = 32768};
+    for (int64_t j = 0; j < m->columns; j++) cells[j] = (cell){32768, 0};
     begin(s, m);
     begin_row(v);
     return 0;
 }
 
+/* What the letter leaves open of the magnitude. */
+static __attribute__((noinline)) int64_t code_rest(coder *c, const estimates *s, int64_t letter, uint32_t size, const int32_t decode) {
+    uint32_t rest = size - FLOOR[letter];
+    rest = letter == LETTERS - 1 ? code_tail(c, rest, decode) : code_bits(c, rest, s->letter[letter].open, decode);
+    return FLOOR[letter] + (int64_t)rest;
+}
+
 /* One value on its way through the three parts of a step. */
 typedef struct {
     alphabet *far, *near;
-    int32_t *sign, mean, letter, value, size, minus; /* minus: all ones if the value is negative, else 0 */
+    const letter_facts *facts;
+    int32_t *sign;
+    int64_t letter, mean;
+    int32_t value, minus; /* minus: all ones if the value is negative, else 0 */
+    uint32_t size;
 } coding;
 
+#define KEEP(pointer) __asm__("" : "+r"(pointer)) /* in a register: the compiler would work it out again and again */
+
 INLINE coding predict(const lane *v, const int32_t decode) {
-    const terse_model *m = &v->m;
-    int32_t mean = v->column[v->j];
-    int32_t predicted = (m->blend * mean + (16 - m->blend) * v->older) >> 12;
-    int32_t level = m->level[predicted < 4095 ? predicted : 4095];
-    coding o = {.far = &v->s->far[level], .near = &v->s->near[level][v->beside], .mean = mean};
-    o.sign = &v->s->sign[3 * v->left + v->above[v->j] + 4];
+    const cell *above = v->cells + v->j;
+    coding o = {.mean = above->mean};
+    int64_t level = v->m.level[(v->older + ((o.mean - v->older) * v->m.blend >> 4)) >> 8];
+    o.near = v->s->at[level].near;
+    KEEP(o.near);
+    o.far = o.near + LEFTS;
+    o.near += v->beside;
+    KEEP(o.near);
+    o.sign = &v->s->sign[v->left + above->sign];
     if (!decode) {
         o.value = v->line[v->j];
         o.minus = -(o.value < 0);
-        o.size = (o.value ^ o.minus) - o.minus;
-        o.letter = letter_of((uint32_t)o.size);
+        o.size = (uint32_t)((o.value ^ o.minus) - o.minus);
+        o.letter = letter_of(o.size);
     }
     return o;
 }
 
 /* The letter with its sign. Nothing here depends on a guess. */
-INLINE void code_letter(lane *v, coding *o, int16_t *ends, const int32_t decode) {
-    uint32_t slot = (uint32_t)(v->c.state & 0xffff);
-    int32_t found = mix(o->far, o->near, (int32_t)(slot >> 1), ends);
-    if (decode) o->letter = found;
-    uint32_t start = 2 * (uint32_t)(ends[o->letter - 1] + 1);
-    uint32_t share = 2 * (uint32_t)(ends[o->letter] - ends[o->letter - 1]);
-    uint32_t split = (((share - 2) * (uint32_t)*o->sign >> 16) + 1) & (uint32_t)v->s->both[o->letter];
-    int32_t minus = decode ? -(slot - start < split) : o->minus & v->s->both[o->letter];
-    start += split & ~(uint32_t)minus;
-    share = minus ? split : share - split;
+INLINE void code_letter(lane *v, coding *o, const int32_t decode) {
+    uint64_t state = v->c.state;
+    int32_t slot = (int16_t)(state | WHOLE);
+    if (decode) o->letter = find(o->far, o->near, slot);
+    const int16_t *a = o->far->end + o->letter, *b = o->near->end + o->letter;
+    o->facts = &v->s->letter[o->letter];
+    KEEP(o->facts);
+    int32_t start = (a[-1] + b[-1] + 1) >> 1;
+    uint32_t share = 2 * (uint32_t)(((a[0] + b[0] + 1) >> 1) - start), both = (uint32_t)o->facts->both;
+    uint32_t split = (((share - 2) * (uint32_t)*o->sign >> 16) + 1) & both;
     if (decode) {
-        narrow(&v->c, slot, start, share);
-        o->minus = minus | v->s->minus[o->letter];
+        uint32_t inside = 2 * (uint32_t)(slot - start) + (uint32_t)(state >> 15 & 1);
+        o->minus = -(inside < split);
+        inside -= split & ~(uint32_t)o->minus;
+        share = o->minus ? split : share - split;
+        v->c.state = share * (state >> 16) + inside;
+        refill(&v->c);
     } else {
-        list(&v->c, start, share);
+        uint32_t from = 2 * (uint32_t)(start + WHOLE);
+        o->minus &= both;
+        list(&v->c, o->minus ? from : from + split, o->minus ? split : share - split);
     }
 }
 
-/* What the letter leaves open of the magnitude; then everything learns. */
-INLINE void learn_value(lane *v, coding *o, const int32_t decode) {
-    const terse_model *m = &v->m;
-    int32_t both = v->s->both[o->letter], found = o->letter;
-    learn(o->far, o->letter, v->s);
-    learn(o->near, o->letter, v->s);
-    *o->sign += (((o->minus & 65535) - *o->sign) >> 6) & both;
-    if (__builtin_expect(o->letter >= EXACT, 0)) {
-        uint32_t rest = (uint32_t)o->size - FLOOR[o->letter];
-        if (o->letter == LETTERS - 1) {
-            coder lent = v->c; /* a copy whose address is taken, so that v->c need not live in memory */
-            rest = code_tail(&lent, rest, decode);
-            v->c = lent;
-        } else {
-            rest = code_bits(&v->c, rest, v->s->open[o->letter], decode);
-        }
-        found = FLOOR[o->letter] + (int32_t)rest;
+/* Everything learns, and what the letter leaves open of the magnitude is coded. */
+INLINE void learn_value(lane *v, const coding *o, const int32_t decode) {
+    const letter_facts *facts = o->facts;
+    cell *above = v->cells + v->j;
+    int64_t seen = o->letter, found = seen, minus = o->minus | facts->minus;
+    learn(o->far, facts->target, v->s);
+    learn(o->near, facts->target, v->s);
+    *o->sign += ((o->minus & 65535) - *o->sign) >> 6 & facts->both;
+    v->beside = seen < LEFTS - 1 ? seen : LEFTS - 1;
+    v->left = (seen > 0) - minus;
+    above->sign = (int32_t)v->left;
+    v->left *= 3;
+    if (__builtin_expect(seen >= EXACT, 0)) {
+        coder lent = v->c; /* a copy whose address is taken, so that v->c need not live in memory */
+        found = code_rest(&lent, v->s, seen, o->size, decode);
+        v->c = lent;
+        seen = found < PEAK ? found : PEAK;
     }
-    if (decode) {
-        o->size = found;
-        o->value = (found ^ o->minus) - o->minus; /* without a branch, which would be guessed wrong */
-        v->line[v->j] = o->value;
-    }
-    int32_t seen = (o->size < PEAK ? o->size : PEAK) << 16;
-    v->column[v->j] = o->mean + (int32_t)((int64_t)(seen - o->mean) * v->settle >> 16);
+    if (decode) v->line[v->j] = (int32_t)((found ^ minus) - minus);
+    seen <<= 16;
+    above->mean = (int32_t)(o->mean + ((seen - o->mean) * v->settle >> 16));
     v->older = v->row;
-    v->row += (seen - v->row) >> m->memory;
-    v->left = v->above[v->j] = (o->minus | 1) & -(o->letter > 0);
-    v->beside = o->size < LEFTS - 1 ? o->size : LEFTS - 1;
-    if (++v->j == m->columns) {
+    v->row += (seen - v->row) >> v->m.memory;
+    if (__builtin_expect(++v->j == 0, 0)) {
         v->i++;
         begin_row(v);
     }
 }
 
+INLINE int64_t left_of(const lane *v) {
+    return (v->m.rows - v->i) * v->m.columns - v->m.columns - v->j;
+}
+
 /* To the end of the lane's matrix. */
 static void run_one(lane *a, const int32_t decode) {
     lane x = *a;
-    _Alignas(32) int16_t ends[2 * LETTERS];
-    ends[LETTERS - 1] = -1;
-    while (x.i < x.m.rows) {
+    for (int64_t left = left_of(&x); left > 0; left--) {
         coding p = predict(&x, decode);
-        code_letter(&x, &p, ends + LETTERS, decode);
+        code_letter(&x, &p, decode);
         learn_value(&x, &p, decode);
     }
     *a = x;
@@ -282,12 +311,11 @@ static void run_one(lane *a, const int32_t decode) {
 /* To the end of the shorter one. The order lets the processor work on both values at once. */
 static void run_two(lane *a, lane *b) {
     lane x = *a, y = *b;
-    _Alignas(32) int16_t ends[4 * LETTERS];
-    ends[LETTERS - 1] = ends[3 * LETTERS - 1] = -1;
-    while (x.i < x.m.rows && y.i < y.m.rows) {
+    int64_t m = left_of(&x), n = left_of(&y);
+    for (int64_t left = m < n ? m : n; left > 0; left--) {
         coding p = predict(&x, 1), q = predict(&y, 1);
-        code_letter(&x, &p, ends + LETTERS, 1);
-        code_letter(&y, &q, ends + 3 * LETTERS, 1);
+        code_letter(&x, &p, 1);
+        code_letter(&y, &q, 1);
         learn_value(&x, &p, 1);
         learn_value(&y, &q, 1);
     }
@@ -324,7 +352,8 @@ int64_t PATH(terse_context_encode)(const int32_t *in, const terse_model *model, 
             for (int32_t b = 0; b < 4; b++) out[at + b] = (uint8_t)(x >> 8 * b);
             x >>= 32;
         }
-        x = (x / share << 16) + x % share + start;
+        uint64_t slot = x % share + start; /* its lowest bit goes on top, which saves the decoder a step */
+        x = x / share << 16 | slot >> 1 | (slot & 1) << 15;
     }
     if (at < 8) return TERSE_ERANGE;
     int32_t bytes = 0; /* the state as it is: five to eight bytes if words follow, which the length tells */

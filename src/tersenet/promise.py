@@ -14,7 +14,18 @@ import numpy as np
 from tersenet.artifact import Artifact, Coding, errors_against, load
 from tersenet.calibrate import moments
 from tersenet.packed import Array
-from tersenet.recipe import Budget, Draft, PromiseBroken, Recipe, Result, artifact_of, cache_folder, dense_array, run
+from tersenet.recipe import (
+    Budget,
+    Draft,
+    PromiseBroken,
+    Recipe,
+    Result,
+    Row,
+    artifact_of,
+    cache_folder,
+    dense_array,
+    run,
+)
 from tersenet.stages.budget import to_drop, to_size
 from tersenet.stages.waterfill import folded, gather
 from tersenet.task import Task, one_thread
@@ -47,6 +58,12 @@ def compress(
     original = dict(draft.tensors)
     weights = sum(math.prod(t.tree.shape) for t in {id(t): t for t in original.values()}.values())
     before = task.score(task.test) if task and task.test is not None else None
+    rows: list[Row] = []
+
+    def log(row: Row) -> None:
+        rows.append(row)
+        _log(row)
+
     with one_thread():
         if recipe is None:
             budget = budget or (Budget(drop=0.5) if task else Budget(ratio=8))
@@ -55,13 +72,13 @@ def compress(
                 most -= METRIC_BYTES
             draft = quantized(draft, task, budget, most, coding)
         else:
-            draft = run(draft, task, recipe, Path(folder) if folder else cache_folder(), _log)
+            draft = run(draft, task, recipe, Path(folder) if folder else cache_folder(), log)
         artifact = artifact_of(draft, coding, original)
         after = None
         if task is not None and before is not None:
             after = task.score(task.test, load(artifact.to_bytes()).into(draft.model))
             artifact = Artifact(artifact.tensors, artifact.coding, {"metric": round(after, 6)})
-    result = Result(artifact, before, after, time.monotonic() - begun)
+    result = Result(artifact, before, after, time.monotonic() - begun, rows)
     # A drop without a recipe was kept on the data for choosing; what the test split says is reported beside it.
     _keep_promise(result, None if recipe is None and budget and budget.drop is not None else budget, weights)
     return result
@@ -99,10 +116,11 @@ def _keep_promise(result: Result, budget: Budget | None, weights: int) -> None:
             )
 
 
-def _log(text: str) -> None:
+def _log(row: Row) -> None:
     if sys.stderr.isatty():
         from rich.console import Console
 
+        text = "  ".join(f"{name} {value}" for name, value in row.items())
         Console(stderr=True).print(text, style="dim", highlight=False)
 
 

@@ -164,20 +164,21 @@ class Stage(Protocol):
 
 
 Recipe = Sequence[Stage]
+Row = dict[str, Any]  # what a stage did: the stage, the density, the metric on the data for choosing, seconds
 
 
 @dataclass(frozen=True)
 class Result:
     """What compressing gave: the artifact and, where the task has test data, the metric before and after.
 
-    `after` is measured on the file's bytes, opened again.
+    `after` is measured on the file's bytes, opened again. `rows` tell what each stage, and each round of it, reached.
     """
 
     artifact: Artifact
     before: float | None = None
     after: float | None = None
     seconds: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{self.artifact}\n"
@@ -186,27 +187,43 @@ class Result:
         return text + f"{self.seconds:.1f} s"
 
 
-def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, log: Callable[[str], None]) -> Draft:
-    """Run the stages, keep each result in `folder` under the hash of what led to it, resume from the last kept."""
+def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, log: Callable[[Row], None]) -> Draft:
+    """Run the stages and log a row for each; keep each result in `folder` under the hash of what led to it.
+
+    A run that was stopped goes on after the last result that was kept. A stage with `parts`, such as the rounds of
+    pruning, is kept part by part.
+    """
     mark = hashlib.sha256(f"{FORMAT}{task.digest() if task else ''}".encode())
     if task is None:
         mark.update(artifact_of(draft).to_bytes())
-    for number, stage in enumerate(recipe, 1):
+    for stage in [part for stage in recipe for part in getattr(stage, "parts", lambda stage=stage: (stage,))()]:
         mark.update(repr(stage).encode())
         kept = None if folder is None else folder / f"{mark.hexdigest()[:24]}.terse"
         begun = time.monotonic()
         earlier = _kept(kept)
         if earlier is not None:
             draft = replace(draft, tensors=earlier.tensors)
-            log(f"stage {number} of {len(recipe)}: {stage} (kept from an earlier run)")
+            log({**earlier.meta, "kept": True})
             continue
-        log(f"stage {number} of {len(recipe)}: {stage}")
         draft = stage(draft, task)
+        row = {"stage": str(stage), **_measured(draft, task), "seconds": round(time.monotonic() - begun, 1)}
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            artifact_of(draft, Coding(("bits",))).save(kept)
-        log(f"  {time.monotonic() - begun:.1f} s")
+            artifact = artifact_of(draft, Coding(("bits",)))
+            Artifact(artifact.tensors, artifact.coding, row).save(kept)
+        log(row)
     return draft
+
+
+def _measured(draft: Draft, task: Task | None) -> Row:
+    """The part of the weights that is not zero and, with a task, the metric on its data for choosing."""
+    dense = [dense_array(draft.tensors[name]) for name in draft.weights()]
+    found: Row = {}
+    if dense:
+        found["density"] = round(float(sum(map(np.count_nonzero, dense)) / sum(w.size for w in dense)), 5)
+    if task is not None and draft.model is not None and (task.train is not None or task.valid is not None):
+        found["metric"] = round(task.score(task.held(), draft.module()), 5)
+    return found
 
 
 def _kept(path: Path | None) -> Artifact | None:

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from tersenet import native
 from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, unzigzag, zigzag
 
-LEVELS, LEFTS, LETTERS, EXACT, TAIL, COUNTS, PEAK = 24, 4, 16, 8, 128, 512, 255
+LEVELS, LEFTS, LETTERS, EXACT, TAIL, COUNTS, PEAK = 24, 4, 16, 8, 128, 512, 15
+WHOLE, LEAST = 32768, 3  # shares are in 1/WHOLE; no letter's tends to less than LEAST
 TRIAL = 1 << 16  # integers that are looked at to choose the model of a larger array
 BANDED = 1 << 20  # matrices of so many integers are coded in two bands
 
@@ -36,13 +37,16 @@ LEVEL = np.searchsorted(np.array(_EDGES), np.arange(4096), side="right").astype(
 
 
 def _laplace(mean: float) -> list[int]:
-    """Shares in 1/32768 of the letters up to each for a rounded Laplace variable of this mean magnitude."""
+    """Shares in 1/WHOLE, less WHOLE, of the letters up to each for a rounded Laplace variable of this mean."""
     significant = (math.sqrt(1 + 4 * mean * mean) - 1) / (2 * mean)
     greater = min(max(significant**2, 0.1), 0.97)
-    return [int(32767 * (1 - significant * greater ** (floor - 1))) for floor in FLOOR[1:]] + [32767]
+    free = WHOLE - LEAST * LETTERS
+    ends = [int(free * (1 - significant * greater ** (floor - 1))) for floor in FLOOR[1:]]
+    return [end + LEAST * (k + 1) - WHOLE for k, end in enumerate(ends)] + [0]
 
 
 PRIOR = np.array([_laplace(2 ** ((k - 0.5) / 2) / 256) for k in range(LEVELS)], np.int16)
+TABLES = LEVEL.ctypes.data, PRIOR.ctypes.data
 
 
 class _Model(ctypes.Structure):
@@ -63,7 +67,7 @@ CHOICES = (SLOWS, BLENDS, MEMORIES, SETTLES)
 
 class _Job(ctypes.Structure):
     _fields_ = [
-        ("data", ctypes.c_void_p),
+        ("data", ctypes.c_char_p),
         ("length", ctypes.c_int64),
         ("model", _Model),
         ("out", ctypes.c_void_p),
@@ -119,7 +123,7 @@ class Model:
     def native(self, size: tuple[int, int], low: int, high: int) -> _Model:
         indices = (self.slow, self.blend, self.memory, self.settle)
         chosen = [options[index] for options, index in zip(CHOICES, indices, strict=True)]
-        return _Model(*size, low, high, *chosen, LEVEL.ctypes.data, PRIOR.ctypes.data)
+        return _Model(*size, low, high, *chosen, *TABLES)
 
 
 def encode_matrix(matrix: NDArray[np.int32], model: Model, low: int, high: int, simd: int | None = None) -> bytes:
@@ -156,13 +160,13 @@ def decode(streams: Sequence[Coded], simd: int | None = None) -> None:
             _Decoder(c.data).fill(c.out, c.model, c.low, c.high)
         return
     simd = native.simd() if simd is None else simd
-    jobs, kept = (_Job * len(streams))(), []
+    jobs, work = (_Job * len(streams))(), np.empty(2 * sum(c.out.shape[1] for c in streams), np.int32)
+    at = work.ctypes.data
     for job, c in zip(jobs, sorted(streams, key=lambda c: -c.out.size)):  # the longest first
         # Bands of a single row lie in one piece of memory too, so every matrix here does.
-        raw, work = np.frombuffer(c.data, np.uint8), np.empty(2 * c.out.shape[1], np.int32)
-        kept += [raw, work]
-        job.data, job.length, job.out, job.work = raw.ctypes.data, len(c.data), c.out.ctypes.data, work.ctypes.data
+        job.data, job.length, job.out, job.work = c.data, len(c.data), c.out.ctypes.data, at
         job.model = c.model.native((c.out.shape[0], c.out.shape[1]), c.low, c.high)
+        at += 8 * c.out.shape[1]
     if native.call("context_decode", jobs, len(streams), np.int32(simd)) != len(streams):
         raise FormatError("a context-coded stream is damaged")
 
@@ -227,7 +231,7 @@ class Context:
             most = 1 if dtype == np.bool_ else info.max
             if low + origin < info.min or high + origin > most or origin >= 1 << 30:
                 raise FormatError(f"a stream holds values that {dtype} cannot")
-            out = np.zeros(model.shape(shape), np.int32)
+            out = np.empty(model.shape(shape), np.int32)
             parts = bands(out)
             lengths = [reader.number(reader.left) for _ in parts[:-1]]
             held = [reader.take(length) for length in lengths] + [reader.rest()]
@@ -284,17 +288,15 @@ class _Walk:
         raise AssertionError("the encoder and the decoder say what a step is")
 
     def learn(self, alphabet: list[Any], letter: int) -> None:
-        share, count = alphabet
+        ends, count = alphabet
         rate = max(32768 // (count + 16), self.least)
-        way = np.where(letter <= _PLACES, 32767, 0) - share
-        alphabet[:] = share + (way * rate + 16384 >> 15), min(count + 1, COUNTS - 1)
+        alphabet[:] = ends + ((self.targets[letter] - ends) * rate + 16384 >> 15), min(count + 1, COUNTS - 1)
 
     def value(self, alphabets: tuple[list[Any], list[Any]], signs: list[int], sign: int, given: int) -> tuple[int, int]:
-        ends = ((alphabets[0][0] + alphabets[1][0]) * (32768 - LETTERS) >> 16) + _PLACES
-        ends[-1] = 32767
+        ends = alphabets[0][0] + alphabets[1][0] + 1 >> 1
         letter = self.letter(ends, abs(given))
-        before = int(ends[letter - 1]) if letter else -1
-        start, share, negative = 2 * (before + 1), 2 * (int(ends[letter]) - before), 0
+        before = int(ends[letter - 1]) if letter else -WHOLE
+        start, share, negative = 2 * (before + WHOLE), 2 * (int(ends[letter]) - before), 0
         if letter and FLOOR[letter] <= min(self.high, -self.low):
             split = ((share - 2) * signs[sign] >> 16) + 1
             negative = self.minus(start, split, int(given < 0))
@@ -315,7 +317,10 @@ class _Walk:
         blend, memory = BLENDS[model.blend], MEMORIES[model.memory]
         self.low, self.high, self.most = low, high, max(high, -low)
         self.least, least = 32768 >> SLOWS[model.slow], 65536 >> SETTLES[model.settle]
-        first = np.where(letter_of(self.most) <= _PLACES, 32767, PRIOR.astype(np.int32))
+        last = max(letter_of(self.most), 1)  # no share may be the whole, which takes 17 bits
+        first = np.where(last <= _PLACES, 0, PRIOR.astype(np.int32))
+        tails, heads = LEAST * np.minimum(_PLACES - last, 0), LEAST * (_PLACES + 1) - WHOLE
+        self.targets = [np.where(min(k, last) > _PLACES, heads, tails) for k in range(LETTERS)]
         far = [[row, 0] for row in first]
         near = [[[row, 0] for _ in range(LEFTS)] for row in first]
         signs = [32768] * 9
@@ -326,8 +331,8 @@ class _Walk:
             values = line.tolist()
             for j, given in enumerate(values):
                 mean = column[j]
-                level = int(LEVEL[min((blend * mean + (16 - blend) * older) >> 12, 4095)])
-                sign = 3 * ((left > 0) - (left < 0)) + (above[j] > 0) - (above[j] < 0) + 4
+                level = int(LEVEL[older + ((mean - older) * blend >> 4) >> 8])
+                sign = 3 * ((left > 0) + 2 * (left < 0)) + (above[j] > 0) + 2 * (above[j] < 0)
                 alphabets = (far[level], near[level][min(abs(left), LEFTS - 1)])
                 size, negative = self.value(alphabets, signs, sign, given)
                 if size > (-low if negative else high):
@@ -367,7 +372,8 @@ class _Encoder(_Walk):
             if state >> 48 >= share:
                 words.append((state & 0xFFFFFFFF).to_bytes(4, "little"))
                 state >>= 32
-            state = (state // share << 16) + state % share + start
+            slot = state % share + start  # its lowest bit goes on top, which saves the decoder a step
+            state = state // share << 16 | slot >> 1 | (slot & 1) << 15
         return state.to_bytes((state.bit_length() + 7) // 8, "little") + b"".join(reversed(words))
 
 
@@ -378,21 +384,25 @@ class _Decoder(_Walk):
             raise FormatError("a context-coded stream is damaged")
         self.data, self.state = data, int.from_bytes(data[: self.at], "little")
 
+    @property
+    def slot(self) -> int:
+        return (self.state & (WHOLE - 1)) << 1 | self.state >> 15 & 1
+
     def narrow(self, start: int, share: int) -> None:
-        x = share * (self.state >> 16) + (self.state & 0xFFFF) - start
+        x = share * (self.state >> 16) + self.slot - start
         if x < 1 << 32 and self.at < len(self.data):
             x = x << 32 | int.from_bytes(self.data[self.at : self.at + 4], "little")
             self.at += 4
         self.state = x
 
     def pick(self, value: int, share: int) -> int:
-        return (self.state & 0xFFFF) // share
+        return self.slot // share
 
     def letter(self, ends: NDArray[np.int32], size: int) -> int:
-        return int((ends < (self.state & 0xFFFF) >> 1).sum())
+        return int((ends <= (self.slot >> 1) - WHOLE).sum())
 
     def minus(self, start: int, split: int, negative: int) -> int:
-        return int((self.state & 0xFFFF) - start < split)
+        return int(self.slot - start < split)
 
     def fill(self, out: NDArray[np.int32], model: Model, low: int, high: int) -> None:
         self.walk(out, model, low, high)

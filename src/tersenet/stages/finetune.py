@@ -2,17 +2,23 @@
 
 The gradient of a codeword is the SUM over its members, as Deep Compression has it (Han, Mao, Dally 2016, section 3.3):
 it falls out of differentiating `unpack`. Pruned weights have no leaf, so no momentum or weight decay can move them.
+
+`TrainLevels` trains the levels of `Uniform` nodes as well: a float weight stands behind each, is rounded on the way
+forward, and takes the gradient straight through (Bengio, Leonard, Courville 2013). Steps stay what the quantization
+chose, and levels that are zero stay zero, so that the file does not grow.
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor as Array
+from torch import nn
 from torch.func import functional_call
 
 from tersenet.artifact import Tensor
-from tersenet.packed import Packed, Tree, map_arrays, unpack
+from tersenet.packed import Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
 from tersenet.recipe import Draft
 from tersenet.task import Schedule, Task, one_thread, progress
 
@@ -23,12 +29,19 @@ def tune(draft: Draft, task: Task, schedule: Schedule, epochs: range, seed: int,
     Buffers such as BatchNorm's running statistics follow, as in any training. Raises ValueError where the loss stops
     being a number.
     """
-    if draft.model is None:
+    return _trained(_Network(draft), task, schedule, epochs, seed, label)
+
+
+def _trained(network: "_Network", task: Task, schedule: Schedule, epochs: range, seed: int, label: str) -> Draft:
+    if network.before.model is None:
         raise ValueError("this stage trains the network, but only arrays were given: use Task(model, ...)")
     with one_thread():
-        network = _Network(draft)
         optimizer = schedule.optimizer(network.leaves)
-        model = draft.model.train()
+        model = network.before.model.train()
+        if isinstance(network, _Levels):
+            for layer in model.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.eval()  # folded norms have no statistics to follow
         for epoch in progress(epochs, label, len(epochs)):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(epoch)
@@ -53,8 +66,10 @@ class _Network:
         self.trees: dict[int, Tree] = {}
         for name, tensor in draft.tensors.items():
             if id(tensor) not in self.trees:
-                leaf = self._leaf if name in draft.trainable else _held
-                self.trees[id(tensor)] = map_arrays(tensor.tree, leaf)
+                self.trees[id(tensor)] = self._tree(tensor.tree, name in draft.trainable)
+
+    def _tree(self, tree: Tree, trainable: bool) -> Tree:
+        return map_arrays(tree, self._leaf if trainable else _held)
 
     def _leaf(self, path: str, array: object) -> Array:
         made = _held(path, array)
@@ -70,11 +85,62 @@ class _Network:
     def draft(self) -> Draft:
         renewed: dict[int, Tensor] = {}
         for tensor in self.before.tensors.values():
-            tree = map_arrays(self.trees[id(tensor)], lambda _, a: a.detach().numpy())
+            tree = self._arrays(self.trees[id(tensor)])
             if not isinstance(tree, Packed) and tree.dtype.kind == "f" and tensor.dtype in ("float16", "float64"):
                 tree = tree.astype(tensor.dtype)
             renewed.setdefault(id(tensor), replace(tensor, tree=tree))
         return replace(self.before, tensors={n: renewed[id(t)] for n, t in self.before.tensors.items()})
+
+    def _arrays(self, tree: Tree) -> Tree:
+        return map_arrays(tree, lambda _, a: a.detach().numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class _Straight(Packed):
+    """A `Uniform` whose levels are trained: `weight` is rounded to them, its gradient passes straight through."""
+
+    weight: Array
+    kept: Array  # 0 where the level is held at zero
+    node: Uniform
+
+    def levels(self) -> Array:
+        free = self.weight / self._step() * self.kept
+        return free + (free.round() - free).detach()  # type: ignore[no-any-return]
+
+    def unpack(self) -> Array:
+        return self.levels() * self._step()
+
+    def _step(self) -> Array:
+        return replace(self.node, q=torch.ones_like(self.weight)).unpack()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+
+class _Levels(_Network):
+    """The same for `TrainLevels`: only what is quantized is trained, its levels too."""
+
+    def _tree(self, tree: Tree, trainable: bool) -> Tree:
+        if not trainable or not isinstance(tree, Packed):
+            return map_arrays(tree, _held)
+        if isinstance(tree, Uniform) and tree.zero is None:
+            node = cast(Uniform, map_arrays(tree, _held))
+            weight = node.unpack().requires_grad_()
+            self.leaves.append(weight)
+            kept = (node.q != 0).float() if weight.dim() > 1 else torch.ones(weight.shape)
+            return _Straight(weight, kept, node)
+        parts = {name: getattr(tree, name) for name in parts_of(type(tree))}
+        return type(tree)(**{n: self._tree(p, True) if isinstance(p, Packed) else p for n, p in parts.items()})
+
+    def _arrays(self, tree: Tree) -> Tree:
+        if isinstance(tree, _Straight):
+            q = tree.levels().detach().round().to(torch.int32).numpy()
+            return replace(super()._arrays(tree.node), q=narrowed(q))
+        if not isinstance(tree, Packed) or not any(isinstance(getattr(tree, n), Packed) for n in parts_of(type(tree))):
+            return super()._arrays(tree)
+        parts = {name: getattr(tree, name) for name in parts_of(type(tree))}
+        return type(tree)(**{n: self._arrays(p) if isinstance(p, Packed) else p for n, p in parts.items()})
 
 
 def _held(path: str, array: object) -> Array:
@@ -95,3 +161,18 @@ class Finetune:
         rate = task.schedule.lr / 100 if self.lr is None else self.lr
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=rate, drops=(0.5,), weight_decay=0.0)
         return tune(draft, task, schedule, range(self.epochs), self.seed)
+
+
+@dataclass(frozen=True)
+class TrainLevels:
+    """Train a quantized network, its levels with it, at a tenth of `lr` from the middle on. Zeros stay zero."""
+
+    epochs: int = 10
+    lr: float = 0.001
+    seed: int = 0
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        if task is None:
+            raise ValueError("TrainLevels trains the network: give a Task with training data")
+        schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=self.lr, drops=(0.5,), weight_decay=0.0)
+        return _trained(_Levels(draft), task, schedule, range(self.epochs), self.seed, "training levels")

@@ -29,7 +29,8 @@ class Prune:
 
     `scope` is "global" (one threshold for all layers) or "layer". `layers` gives single layers their own density, by
     name; with "global" these are pruned apart. `epochs` of retraining follow each round; `final` follow the last.
-    BatchNorm and biases are never pruned; the density hits its target to one weight.
+    `by` is "magnitude" or "random", the control that knows nothing of the weights. BatchNorm and biases are never
+    pruned; the density hits its target to one weight.
     """
 
     density: float = 0.1
@@ -39,26 +40,40 @@ class Prune:
     retrain: str = "learning-rate"
     scope: str = "global"
     layers: tuple[tuple[str, float], ...] = ()
+    by: str = "magnitude"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.retrain not in RETRAIN or self.scope not in ("global", "layer"):
             raise ValueError(f"Prune takes retrain among {', '.join(RETRAIN)} and scope global or layer")
+        if self.by not in ("magnitude", "random"):
+            raise ValueError("Prune takes by magnitude or random")
         if not 0 < self.density <= 1 or self.rounds < 1:
             raise ValueError("Prune takes a density in (0, 1] and at least one round")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        for part in self.parts():
+            draft = part(draft, task)
+        return draft
+
+    def parts(self) -> tuple["Round", ...]:
+        """The rounds as stages of their own, so that a run that was stopped goes on with the next."""
+        return tuple(Round(self, number) for number in range(1, self.rounds + 1))
+
+    def round(self, draft: Draft, task: Task | None, number: int) -> Draft:
+        """The draft after round `number` of 1..rounds."""
         names = draft.weights()
         known = {name for name, _ in self.layers}
         if missing := known - set(names):
             raise ValueError(f"{sorted(missing)[0]}: no such weight to prune; there are {', '.join(names)}")
-        for number in range(1, self.rounds + 1):
-            part = number / self.rounds
-            draft = masked(
-                draft, {n: d**part for n, d in self._densities(names).items()}, self.scope == "global", known
-            )
-            if self.retrain != "none" and task is not None:
-                draft = self._retrained(draft, task, number)
+        densities = {n: d ** (number / self.rounds) for n, d in self._densities(names).items()}
+        saliency = {name: np.abs(dense_array(draft.tensors[name])) for name in names}
+        if self.by == "random":
+            generator = np.random.default_rng(self.seed + number)
+            saliency = {name: generator.random(s.shape) for name, s in saliency.items()}
+        draft = masked(draft, saliency, densities, known if self.scope == "global" else set(names))
+        if self.retrain != "none" and task is not None:
+            draft = self._retrained(draft, task, number)
         return draft
 
     def _densities(self, names: list[str]) -> dict[str, float]:
@@ -82,24 +97,40 @@ class Prune:
         return tune(draft, task, schedule, range(begin, begin + epochs), self.seed + number, label)
 
 
-def masked(draft: Draft, densities: Mapping[str, float], together: bool, apart: set[str]) -> Draft:
-    """The draft with its smallest weights gone: all layers ranked together, but those in `apart`, or each by itself."""
-    dense = {name: dense_array(draft.tensors[name]) for name in densities}
+@dataclass(frozen=True)
+class Round:
+    """One round of `Prune`: prune to its density, retrain."""
+
+    prune: Prune
+    number: int
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        return self.prune.round(draft, task, self.number)
+
+
+def masked(draft: Draft, saliency: Mapping[str, Array], densities: Mapping[str, float], apart: set[str]) -> Draft:
+    """The draft without its weights of least saliency; what is pruned stays pruned.
+
+    All weights named in `densities` are ranked together, but those in `apart`, each of which is ranked by itself.
+    """
+    ranked: dict[str, Array] = {}
     for name in densities:
         tree = draft.tensors[name].tree
         if isinstance(tree, Packed) and not isinstance(tree, Sparse):
             raise ValueError(f"{name}: is packed already; prune before packing")
+        ranked[name] = np.where(tree.mask, saliency[name], -np.inf) if isinstance(tree, Sparse) else saliency[name]
     masks: dict[str, Array] = {}
-    shared = [name for name in densities if together and name not in apart]
+    shared = [name for name in densities if name not in apart]
     if shared:
-        flat = np.concatenate([np.abs(dense[name]).reshape(-1) for name in shared])
+        flat = np.concatenate([ranked[name].reshape(-1) for name in shared])
         mask = largest(flat, kept_count(densities[shared[0]], flat.size))
         for name in shared:
-            masks[name], mask = np.split(mask, [dense[name].size])
-    for name in set(densities) - set(shared):
-        masks[name] = largest(np.abs(dense[name]), kept_count(densities[name], dense[name].size))
+            masks[name], mask = np.split(mask, [ranked[name].size])
+    for name in densities.keys() & apart:
+        masks[name] = largest(ranked[name], kept_count(densities[name], ranked[name].size))
     trees: dict[str, Tree] = {}
-    for name, w in dense.items():
+    for name in densities:
+        w = dense_array(draft.tensors[name])
         mask = masks[name].reshape(w.shape)
         trees[name] = w if densities[name] == 1 and mask.all() else Sparse(mask, w[mask])
     return draft.with_trees(trees)

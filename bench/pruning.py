@@ -1,0 +1,230 @@
+"""Pruning with retraining: accuracy against density for every form of retraining, and what becomes a file.
+
+Run: make bench NAME=pruning (or: python bench/pruning.py PART ..., with names from PARTS; each part's rows replace its
+earlier ones). Accuracies are those of the reopened file on the test split, which nothing was chosen on; a mean over
+seeds has its single figures beside it. Training runs in bfloat16.
+
+LeNets are trained from scratch for each seed and replay the schedule's last `epochs` in every round. The files are made
+from the given networks, retrained with shifts (MNIST) or crops and flips (CIFAR-10).
+"""
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from deep_compression import shifted
+from table import ROOT, real_data, write
+
+import tersenet as tn
+from tersenet.artifact import load
+from tersenet.methods.kmeans import KMeans
+from tersenet.recipe import Draft, artifact_of, run
+from tersenet.stages.budget import to_size
+from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.pack import Narrow, Pack
+from tersenet.stages.prune import Prune
+from tersenet.stages.waterfill import gather
+
+DATASETS, MODELS = real_data()
+BITS = tn.Coding(("bits",))
+SEEDS = (0, 1, 2)
+LENETS = {  # a schedule for training from scratch, the epochs of each round, the rounds to half a per cent
+    "lenet300": (tn.Schedule(epochs=8, lr=0.1, weight_decay=1e-4), 6, 24),
+    "lenet5": (tn.Schedule(epochs=4, lr=0.05, weight_decay=1e-4), 3, 10),
+}
+LEAST = 0.005
+ONE_SHOT = {"lenet300": (0.2, 0.1, 0.05, 0.02, 0.01, 0.005), "lenet5": (0.2, 0.05, 0.02, 0.005)}
+SURGERY = {"lenet300": (0.018, 0.9801), "lenet5": (0.009, 0.9909)}  # Dynamic Network Surgery (Guo et al. 2016)
+
+
+class FastLeNet5(MODELS.LeNet5):
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = F.max_pool2d(self.conv1(x), 2).contiguous(memory_format=torch.channels_last)
+            x = F.max_pool2d(self.conv2(x), 2)
+            return self.fc2(F.relu(self.fc1(x.flatten(1)))).float()
+
+
+class FastResNet(MODELS.ResNet):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
+            return super().forward(x).float()
+
+
+FAST = {"lenet300": MODELS.LeNet300, "lenet5": FastLeNet5, "resnet20": lambda: FastResNet(20)}
+
+
+def cropped(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Moved by up to four pixels, half of the images mirrored."""
+    dx, dy = (int(v) for v in torch.randint(0, 9, (2,), generator=generator))
+    x = F.pad(x, (4, 4, 4, 4))[..., dy : dy + 32, dx : dx + 32]
+    flip = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(flip[:, None, None, None], x.flip(3), x)
+
+
+def task_of(name: str, schedule: tn.Schedule, augment=None) -> tn.Task:
+    """The given network; a tenth of the training split is for choosing."""
+    split = {}
+    for part in ("train", "test"):
+        images, labels = DATASETS.load("cifar10" if name.startswith("resnet") else "mnist", part)
+        split[part] = (MODELS.inputs(name, images), torch.from_numpy(labels).long())
+    model = FAST[name]()
+    model.load_state_dict(MODELS.load(name).state_dict())
+    return tn.Task(model.eval(), **split, schedule=schedule, augment=augment)
+
+
+def scored(draft: Draft, task: tn.Task) -> tuple[int, float]:
+    """Bytes of the draft's file and the test accuracy of that file, reopened."""
+    data = artifact_of(draft).to_bytes()
+    return len(data), task.score(task.test, load(data).into(draft.model))
+
+
+def density_of(draft: Draft) -> float:
+    sizes = [np.count_nonzero(draft.tensors[n].unpack()) for n in draft.weights()]
+    return sum(sizes) / sum(draft.tensors[n].unpack().size for n in draft.weights())
+
+
+# ---------------------------------------------------------------- accuracy against density
+
+
+def curves(name: str):
+    """Every form of retraining from dense to LEAST, SEEDS times."""
+    schedule, epochs, rounds = LENETS[name]
+    found: dict[tuple[str, float], list[float]] = {}
+    floats = []
+    base = task_of(name, schedule)
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        model = FAST[name]()
+        task = replace(base, model=model).trained(seed, keep=(schedule.epochs - epochs,))
+        state = {n: t.clone() for n, t in model.state_dict().items()}
+        floats.append(task.score(task.test))
+        print(name, seed, "float", floats[-1], flush=True)
+        kinds = {"learning-rate rewinding": "learning-rate", "weight rewinding": "weights", "fine-tuning": "finetune"}
+        for label, retrain in kinds.items():
+            model.load_state_dict(state)
+            draft = Draft.of_model(model)
+            for part in Prune(LEAST, rounds, epochs, retrain=retrain, seed=100 * seed).parts():
+                draft = part(draft, task)
+                kept(found, label, LEAST ** (part.number / rounds), draft, task)
+        for label, by in (("one-shot learning-rate rewinding", "magnitude"), ("random, one-shot", "random")):
+            for density in ONE_SHOT[name]:
+                model.load_state_dict(state)
+                draft = Prune(density, 1, epochs, by=by, seed=100 * seed)(Draft.of_model(model), task)
+                kept(found, label, density, draft, task)
+        reference = round(float(np.mean(floats)), 4)
+        yield [
+            {
+                "network": name,
+                "method": label,
+                "density": round(density, 5),
+                "accuracy": round(float(np.mean(scores)), 4),
+                "accuracies": [round(s, 4) for s in scores],
+                "reference": reference,
+                "epochs_a_round": epochs,
+            }
+            for (label, density), scores in found.items()
+        ]
+
+
+def kept(found, label, density, draft, task):
+    score = task.score(task.test, load(artifact_of(draft, BITS).to_bytes()).into(draft.model))
+    found.setdefault((label, density), []).append(score)
+    print(label, round(density, 4), score, flush=True)
+
+
+# ---------------------------------------------------------------- files
+
+
+def surgery(name: str):
+    """The given LeNet at the density of Dynamic Network Surgery, and its file."""
+    density, accuracy = SURGERY[name]
+    rate = {"lenet300": 0.1, "lenet5": 0.02}[name]
+    epochs, rounds = {"lenet300": (12, 18), "lenet5": (5, 12)}[name]
+    task = task_of(name, tn.Schedule(epochs=epochs, lr=rate, weight_decay=1e-4), shifted)
+    began, reference = time.monotonic(), round(task.score(task.test), 4)
+    pruning = Prune(density, rounds, epochs, final=3 * epochs)
+    recipe = (pruning, Pack(KMeans(3)), Finetune(2 * epochs, lr=rate / 100), Narrow())
+    drafts = [run(Draft.of_model(task.model), task, recipe[:1], None, lambda row: print(row, flush=True))]
+    drafts.append(run(drafts[0], task, recipe[1:], None, lambda row: print(row, flush=True)))
+    rows = []
+    for label, draft in zip(("learning-rate rewinding", "learning-rate rewinding, 8 shared values, coded"), drafts):
+        size, score = scored(draft, task)
+        row = {"network": name, "method": label, "density": round(density_of(draft), 5), "bytes": size}
+        more = {"reference": reference, "seed": 0, "seconds": round(time.monotonic() - began, 1)}
+        rows.append({**row, "accuracy": round(score, 4), **more})
+    surgery = {"network": name, "method": "Dynamic Network Surgery", "density": density, "accuracy": accuracy}
+    yield [*rows, {**surgery, "peer": True, "reference": reference}]
+
+
+def resnet_file(size: int = 51_700, epochs: int = 20, rate: float = 7e-4):
+    """ResNet-20 quantized to a size, then its levels trained: zeros, which are its pruned weights, stay zero."""
+    task = task_of("resnet20", tn.Schedule(), cropped)
+    few = replace(task, train=tuple(part[:1024] for part in task.train), valid=task.held(), augment=None)
+    began, reference = time.monotonic(), round(task.score(task.test), 4)
+    draft = to_size(gather(Draft.of_model(task.model), few), size, few)
+    rows = []
+    for label, stage in (("without retraining", None), (f"levels trained for {epochs} epochs", epochs)):
+        if stage is not None:
+            draft = TrainLevels(epochs, rate)(draft, task)
+        bytes_, score = scored(draft, task)
+        row = {"network": "resnet20", "method": f"output-aware quantization, {label}", "bytes": bytes_}
+        more = {"density": round(density_of(draft), 4), "reference": reference, "seed": 0}
+        rows.append({**row, "accuracy": round(score, 4), **more, "seconds": round(time.monotonic() - began, 1)})
+        print(rows[-1], flush=True)
+    yield rows
+
+
+def resnet_curves():
+    """Rewinding against fine-tuning from the given weights, at equal epochs, down to a tenth of the weights."""
+    epochs, rounds = 4, 4
+    task = task_of("resnet20", tn.Schedule(epochs=epochs, lr=0.05, weight_decay=1e-4), cropped)
+    state = {n: t.clone() for n, t in task.model.state_dict().items()}
+    reference, rows = round(task.score(task.test), 4), []
+    for label, retrain in (("learning-rate rewinding", "learning-rate"), ("fine-tuning", "finetune")):
+        task.model.load_state_dict(state)
+        draft = Draft.of_model(task.model)
+        for part in Prune(0.1, rounds, epochs, retrain=retrain).parts():
+            began = time.monotonic()
+            draft = part(draft, task)
+            size, score = scored(draft, task)
+            row = {"network": "resnet20", "method": label, "density": round(0.1 ** (part.number / rounds), 4)}
+            more = {"bytes": size, "accuracy": round(score, 4), "reference": reference, "epochs_a_round": epochs}
+            rows.append({**row, **more, "seed": 0, "seconds": round(time.monotonic() - began, 1)})
+            print(rows[-1], flush=True)
+        yield rows
+
+
+PARTS = {
+    "lenet300-curves": lambda: curves("lenet300"),
+    "lenet5-curves": lambda: curves("lenet5"),
+    "lenet300-file": lambda: surgery("lenet300"),
+    "lenet5-file": lambda: surgery("lenet5"),
+    "resnet20-file": resnet_file,
+    "resnet20-curves": resnet_curves,
+}
+
+
+def keep(part: str, rows: list[dict]) -> None:
+    """Put a part's rows into the table, in place of those it had."""
+    path = ROOT / "bench/results/pruning.json"
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    order = list(PARTS)
+    merged = [r for r in earlier if r["part"] != part] + [{"part": part, **row} for row in rows]
+    write("pruning", sorted(merged, key=lambda r: order.index(r["part"])), 0)
+
+
+def main(parts: list[str]) -> None:
+    for part in parts:
+        for rows in PARTS[part]():
+            keep(part, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(PARTS))
