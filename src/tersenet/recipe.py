@@ -4,6 +4,7 @@ A draft holds every tensor of the network as a tree, so it is itself a file: eac
 of all that led to it, and running again goes on from there.
 """
 
+import copy
 import hashlib
 import os
 import re
@@ -222,7 +223,8 @@ def _measured(draft: Draft, task: Task | None) -> Row:
     if dense:
         found["density"] = round(float(sum(map(np.count_nonzero, dense)) / sum(w.size for w in dense)), 5)
     if task is not None and draft.model is not None and (task.train is not None or task.valid is not None):
-        found["metric"] = round(task.score(task.held(), draft.module()), 5)
+        model = artifact_of(draft).into(copy.deepcopy(draft.model))
+        found["metric"] = round(task.score(task.held(), model), 5)
     return found
 
 

@@ -105,13 +105,14 @@ class _Straight(Packed):
 
     def levels(self) -> Array:
         free = self.weight / self._step() * self.kept
-        return free + (free.round() - free).detach()  # type: ignore[no-any-return]
+        return free + (free.round() - free).detach()
 
     def unpack(self) -> Array:
         return self.levels() * self._step()
 
     def _step(self) -> Array:
-        return replace(self.node, q=torch.ones_like(self.weight)).unpack()
+        step: Array = replace(self.node, q=torch.ones_like(self.weight)).unpack()
+        return step
 
     @property
     def shape(self) -> tuple[int, ...]:
