@@ -22,7 +22,7 @@ from table import ROOT, real_data, write
 import tersenet as tn
 from tersenet.artifact import load
 from tersenet.methods.kmeans import KMeans
-from tersenet.recipe import Draft, artifact_of, run
+from tersenet.recipe import Draft, artifact_of, cache_folder, run
 from tersenet.stages.budget import to_size
 from tersenet.stages.finetune import Finetune, TrainLevels
 from tersenet.stages.pack import Narrow, Pack
@@ -34,10 +34,10 @@ BITS = tn.Coding(("bits",))
 SEEDS = (0, 1, 2)
 LENETS = {  # a schedule for training from scratch, the epochs of each round, the rounds to half a per cent
     "lenet300": (tn.Schedule(epochs=8, lr=0.1, weight_decay=1e-4), 6, 24),
-    "lenet5": (tn.Schedule(epochs=4, lr=0.05, weight_decay=1e-4), 3, 10),
+    "lenet5": (tn.Schedule(epochs=4, lr=0.05, weight_decay=1e-4), 3, 6),
 }
 LEAST = 0.005
-ONE_SHOT = {"lenet300": (0.2, 0.1, 0.05, 0.02, 0.01, 0.005), "lenet5": (0.2, 0.05, 0.02, 0.005)}
+ONE_SHOT = {"lenet300": (0.2, 0.1, 0.05, 0.02, 0.01, 0.005), "lenet5": (0.1, 0.02, 0.005)}
 SURGERY = {"lenet300": (0.018, 0.9801), "lenet5": (0.009, 0.9909)}  # Dynamic Network Surgery (Guo et al. 2016)
 
 
@@ -54,6 +54,12 @@ class FastLeNet5(MODELS.LeNet5):
 class FastResNet(MODELS.ResNet):
     def forward(self, x):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
+            return super().forward(x).float()
+
+
+class FastTeacher(MODELS.ResNet):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
             return super().forward(x).float()
 
 
@@ -146,15 +152,17 @@ def surgery(name: str):
     """The given LeNet at the density of Dynamic Network Surgery, and its file."""
     density, accuracy = SURGERY[name]
     rate = {"lenet300": 0.1, "lenet5": 0.02}[name]
-    epochs, rounds = {"lenet300": (12, 18), "lenet5": (5, 12)}[name]
+    epochs, rounds, bits = {"lenet300": (12, 18, 3), "lenet5": (4, 8, 4)}[name]
     task = task_of(name, tn.Schedule(epochs=epochs, lr=rate, weight_decay=1e-4), shifted)
     began, reference = time.monotonic(), round(task.score(task.test), 4)
     pruning = Prune(density, rounds, epochs, final=3 * epochs)
-    recipe = (pruning, Pack(KMeans(3)), Finetune(2 * epochs, lr=rate / 100), Narrow())
-    drafts = [run(Draft.of_model(task.model), task, recipe[:1], None, lambda row: print(row, flush=True))]
-    drafts.append(run(drafts[0], task, recipe[1:], None, lambda row: print(row, flush=True)))
+    recipe = (pruning, Pack(KMeans(bits)), Finetune(2 * epochs, lr=rate / 100), Narrow())
+    drafts = [run(Draft.of_model(task.model), task, recipe[:1], cache_folder(), lambda row: print(row, flush=True))]
+    drafts.append(run(drafts[0], task, recipe[1:], cache_folder(), lambda row: print(row, flush=True)))
     rows = []
-    for label, draft in zip(("learning-rate rewinding", "learning-rate rewinding, 8 shared values, coded"), drafts):
+    for label, draft in zip(
+        ("learning-rate rewinding", f"learning-rate rewinding, {2**bits} shared values, coded"), drafts
+    ):
         size, score = scored(draft, task)
         row = {"network": name, "method": label, "density": round(density_of(draft), 5), "bytes": size}
         more = {"reference": reference, "seed": 0, "seconds": round(time.monotonic() - began, 1)}
@@ -163,28 +171,37 @@ def surgery(name: str):
     yield [*rows, {**surgery, "peer": True, "reference": reference}]
 
 
-def resnet_file(size: int = 51_700, epochs: int = 20, rate: float = 7e-4):
-    """ResNet-20 quantized to a size, then its levels trained: zeros, which are its pruned weights, stay zero."""
+def resnet_file(size: int = 51_700, epochs: int = 14, rate: float = 5e-4):
+    """ResNet-20 quantized to a size, then its levels trained towards the float network's outputs; zeros stay zero."""
     task = task_of("resnet20", tn.Schedule(), cropped)
+    teacher = FastTeacher(20)
+    teacher.load_state_dict(task.model.state_dict())
     few = replace(task, train=tuple(part[:1024] for part in task.train), valid=task.held(), augment=None)
     began, reference = time.monotonic(), round(task.score(task.test), 4)
     draft = to_size(gather(Draft.of_model(task.model), few), size, few)
     rows = []
     for label, stage in (("without retraining", None), (f"levels trained for {epochs} epochs", epochs)):
         if stage is not None:
-            draft = TrainLevels(epochs, rate)(draft, task)
+            draft = TrainLevels(epochs, rate)(draft, replace(task, teacher=teacher.eval()))
+        artifact_of(draft).save(ROOT / "bench" / f"resnet20-{len(rows)}.terse")
         bytes_, score = scored(draft, task)
+        levels = [tree.coefficients.q if hasattr(tree, "coefficients") else tree.q for tree in trees_of(draft)]
+        density = sum(np.count_nonzero(q) for q in levels) / sum(q.size for q in levels)
         row = {"network": "resnet20", "method": f"output-aware quantization, {label}", "bytes": bytes_}
-        more = {"density": round(density_of(draft), 4), "reference": reference, "seed": 0}
+        more = {"density_of_levels": round(density, 4), "reference": reference, "seed": 0}
         rows.append({**row, "accuracy": round(score, 4), **more, "seconds": round(time.monotonic() - began, 1)})
         print(rows[-1], flush=True)
     yield rows
 
 
+def trees_of(draft: Draft):
+    return [draft.tensors[name].tree for name in draft.weights()]
+
+
 def resnet_curves():
     """Rewinding against fine-tuning from the given weights, at equal epochs, down to a tenth of the weights."""
-    epochs, rounds = 4, 4
-    task = task_of("resnet20", tn.Schedule(epochs=epochs, lr=0.05, weight_decay=1e-4), cropped)
+    epochs, rounds = 2, 4
+    task = task_of("resnet20", tn.Schedule(epochs=epochs, lr=0.02, drops=(0.5,), weight_decay=1e-4), cropped)
     state = {n: t.clone() for n, t in task.model.state_dict().items()}
     reference, rows = round(task.score(task.test), 4), []
     for label, retrain in (("learning-rate rewinding", "learning-rate"), ("fine-tuning", "finetune")):

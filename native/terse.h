@@ -95,4 +95,8 @@ typedef struct {
 
 TERSE_API int64_t terse_feedback(double *whitened, const double *inputs, const double *outputs,
                                  const terse_feedback_steps *steps, int32_t *levels, double *work);
+
+/* surgeon.py: removes `count` of n weights one by one, the cheapest first, from w and the inverse moment [n][n], both of
+ * which are used up. */
+TERSE_API int64_t terse_surgeon(double *w, double *inverse, int64_t n, int64_t count, int32_t *order, double *costs);
 #endif

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable
 
 from tersenet.methods.kmeans import KMeans
-from tersenet.recipe import Recipe
+from tersenet.recipe import Recipe, Stage
 from tersenet.stages.finetune import Finetune
+from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
-from tersenet.stages.prune import Prune
+from tersenet.stages.prune import Prune, Retrain
 
 
 def deep_compression(density: float = 0.1, bits: int = 5, rounds: int = 5, epochs: int = 1, seed: int = 0) -> Recipe:
@@ -42,6 +43,31 @@ def lottery_ticket(density: float = 0.1, rounds: int | None = None, epochs: int 
     return Prune(density, rounds or _rounds(density), epochs, retrain="weights", seed=seed), Narrow()
 
 
+def mlprune(density: float = 0.1, rounds: int = 3, epochs: int = 1, damping: float = 0.01, seed: int = 0) -> Recipe:
+    """MLPrune (Zeng, Urtasun 2019): Kronecker-factored second-order pruning, one threshold for all layers.
+
+    Each of `rounds` measures the moments again, removes weights, moves the survivors by the sum of the single updates
+    and retrains for `epochs` of the task's schedule.
+    """
+    stages: list[Stage] = []
+    for number in range(1, rounds + 1):
+        stages += [
+            OBS(density ** (number / rounds), "kronecker", "sum", damping, seed=seed + number),
+            Retrain("learning-rate", epochs, seed + number),
+        ]
+    return (*stages, Narrow())
+
+
+def exact_obs(density: float = 0.5, samples: int = 1024, seed: int = 0) -> Recipe:
+    """ExactOBS (Frantar, Alistarh 2022): exact second-order pruning without retraining, merged over rows and layers."""
+    return OBS(density, "exact", samples=samples, seed=seed), Narrow()
+
+
+def sparsegpt(density: float = 0.5, samples: int = 1024, seed: int = 0) -> Recipe:
+    """SparseGPT (Frantar, Alistarh 2023): one sweep over the columns of each layer, without retraining."""
+    return OBS(density, "sweep", samples=samples, seed=seed), Narrow()
+
+
 def _rounds(density: float) -> int:
     return max(1, round(math.log(density) / math.log(0.8)))
 
@@ -50,4 +76,7 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "deep-compression": deep_compression,
     "lr-rewinding": lr_rewinding,
     "lottery-ticket": lottery_ticket,
+    "mlprune": mlprune,
+    "exact-obs": exact_obs,
+    "sparsegpt": sparsegpt,
 }

@@ -22,17 +22,34 @@ from pydantic import TypeAdapter, ValidationError
 from tersenet.methods import Chain, Method
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.sparse import Magnitude
+from tersenet.methods.surgeon import SparseGPT
 from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
 from tersenet.recipe import Recipe
-from tersenet.stages.finetune import Finetune
+from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
-from tersenet.stages.prune import Prune
+from tersenet.stages.prune import Prune, Retrain
 from tersenet.stages.waterfill import Waterfill
 
-STAGES: dict[str, type] = {"prune": Prune, "pack": Pack, "finetune": Finetune, "narrow": Narrow, "waterfill": Waterfill}
-METHODS: dict[str, type] = {"magnitude": Magnitude, "kmeans": KMeans, "uniform": Uniform, "kernel-dct": KernelDCT}
+STAGES: dict[str, type] = {
+    "prune": Prune,
+    "pack": Pack,
+    "finetune": Finetune,
+    "narrow": Narrow,
+    "waterfill": Waterfill,
+    "retrain": Retrain,
+    "obs": OBS,
+    "train-levels": TrainLevels,
+}
+METHODS: dict[str, type] = {
+    "magnitude": Magnitude,
+    "kmeans": KMeans,
+    "uniform": Uniform,
+    "kernel-dct": KernelDCT,
+    "sparsegpt": SparseGPT,
+}
 
 
 def find_recipe(name: str, seed: int | None = None) -> Recipe:

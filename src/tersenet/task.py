@@ -51,6 +51,16 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(1) == targets).double().mean()
 
 
+def soft_targets(outputs: Tensor, wanted: Tensor, temperature: float = 3.0) -> Tensor:
+    """T^2 times the divergence of softmax(outputs / T) from softmax(wanted / T) over axis 1, a mean over samples.
+
+    The factor keeps gradients comparable when the temperature changes (Hinton, Vinyals, Dean 2015, section 2.1).
+    """
+    found, goal = ((z / temperature).log_softmax(1) for z in (outputs, wanted))
+    samples = outputs.numel() / outputs.shape[1]
+    return temperature**2 * F.kl_div(found, goal, reduction="sum", log_target=True) / samples
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How the network is trained: SGD with Nesterov momentum, or Adam, the rate divided by ten at each of `drops`.
@@ -88,7 +98,8 @@ class Task:
 
     `valid` is the data that choices are made on; without it, the last tenth of an in-memory training split is held
     back. `snapshots` are earlier weights by epoch, for weight rewinding (`trained` keeps them). `augment(inputs,
-    generator)` makes a training batch's random variation.
+    generator)` makes a training batch's random variation. With a `teacher`, stages train towards its outputs
+    (`soft_targets`) instead of the loss.
     """
 
     model: nn.Module
@@ -100,6 +111,7 @@ class Task:
     schedule: Schedule = field(default_factory=Schedule)
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     snapshots: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
         for name in ("train", "test", "valid"):
@@ -153,6 +165,14 @@ class Task:
             raise ValueError("this needs inputs, but the task has no training data: give Task(train=...)")
         return torch.cat(kept)[:count]
 
+    def loss_of(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """What training lowers: the loss, or how far the outputs are from the teacher's."""
+        if self.teacher is None:
+            return self.loss(outputs, targets)
+        with torch.no_grad():
+            wanted = self.teacher(inputs)
+        return soft_targets(outputs, wanted)
+
     def score(self, data: Data, model: nn.Module | None = None) -> float:
         """The metric of a model in evaluation mode on a split, every sample counted once."""
         model = (self.model if model is None else model).eval()
@@ -188,8 +208,10 @@ class Task:
 
     def digest(self) -> str:
         """A fingerprint of weights, data and schedule: what a kept result depends on."""
-        mark = hashlib.sha256(repr((self.schedule, self.loss, self.metric)).split(" at 0x")[0].encode())
-        for name, tensor in self.model.state_dict().items():
+        parts = [repr(self.schedule), *(getattr(f, "__qualname__", "") for f in (self.loss, self.metric, self.augment))]
+        mark = hashlib.sha256(repr(parts).encode())
+        taught = {} if self.teacher is None else self.teacher.state_dict()
+        for name, tensor in [*self.model.state_dict().items(), *taught.items()]:
             mark.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             mark.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         for data in (self.train, self.test, self.valid):

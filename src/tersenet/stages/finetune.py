@@ -47,7 +47,8 @@ def _trained(network: "_Network", task: Task, schedule: Schedule, epochs: range,
                 group["lr"] = schedule.rate(epoch)
             for x, y in task.batches(epoch, seed, schedule.batch):
                 optimizer.zero_grad(set_to_none=True)
-                loss = task.loss(functional_call(model, network.state(), (x,), tie_weights=False), y)
+                outputs = functional_call(model, network.state(), (x,), tie_weights=False)
+                loss = task.loss_of(outputs, x, y)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if not bool(torch.isfinite(loss)):

@@ -73,28 +73,49 @@ class Prune:
             saliency = {name: generator.random(s.shape) for name, s in saliency.items()}
         draft = masked(draft, saliency, densities, known if self.scope == "global" else set(names))
         if self.retrain != "none" and task is not None:
-            draft = self._retrained(draft, task, number)
+            epochs = self.final if number == self.rounds and self.final is not None else self.epochs
+            label = f"pruning, round {number} of {self.rounds}"
+            draft = retrained(draft, task, self.retrain, epochs, self.seed + number, label)
         return draft
 
     def _densities(self, names: list[str]) -> dict[str, float]:
         return dict.fromkeys(names, self.density) | dict(self.layers)
 
-    def _retrained(self, draft: Draft, task: Task, number: int) -> Draft:
-        schedule, epochs = task.schedule, self.epochs
-        if number == self.rounds and self.final is not None:
-            epochs = self.final
-        if self.retrain == "finetune":
-            last = schedule.rate(schedule.epochs - 1)
-            schedule = Schedule(**{**vars(schedule), "lr": last, "drops": (), "epochs": epochs})
-        if self.retrain == "random":
-            epochs, draft = schedule.epochs, reinitialized(draft, self.seed + number)
-        begin = schedule.epochs - epochs
-        if begin < 0:
-            schedule, begin = replace(schedule, epochs=epochs), 0
-        if self.retrain == "weights":
-            draft = rewound(draft, task, begin)
-        label = f"pruning, round {number} of {self.rounds}"
-        return tune(draft, task, schedule, range(begin, begin + epochs), self.seed + number, label)
+
+@dataclass(frozen=True)
+class Retrain:
+    """Train what is left after pruning, as `Prune` does after each round; `kind` is its `retrain`."""
+
+    kind: str = "learning-rate"
+    epochs: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in RETRAIN:
+            raise ValueError(f"Retrain takes a kind among {', '.join(RETRAIN)}")
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        if task is None:
+            raise ValueError("Retrain trains the network: give a Task with training data")
+        if self.kind == "none" or not self.epochs:
+            return draft
+        return retrained(draft, task, self.kind, self.epochs, self.seed, "retraining")
+
+
+def retrained(draft: Draft, task: Task, kind: str, epochs: int, seed: int, label: str) -> Draft:
+    """The draft trained over the last `epochs` of the task's schedule, from where `kind` says."""
+    schedule = task.schedule
+    if kind == "finetune":
+        last = schedule.rate(schedule.epochs - 1)
+        schedule = Schedule(**{**vars(schedule), "lr": last, "drops": (), "epochs": epochs})
+    if kind == "random":
+        epochs, draft = schedule.epochs, reinitialized(draft, seed)
+    begin = schedule.epochs - epochs
+    if begin < 0:
+        schedule, begin = replace(schedule, epochs=epochs), 0
+    if kind == "weights":
+        draft = rewound(draft, task, begin)
+    return tune(draft, task, schedule, range(begin, begin + epochs), seed, label)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""Second-order pruning of a whole network, without retraining: optimal brain surgery in the Fisher metric.
+
+The loss around a trained network is about E[(E W's error) A and G]: A the moments of a layer's inputs, G those of the
+gradients at its outputs, from labels sampled from the network itself (calibrate.py). Three orders in which weights go:
+
+* "kronecker": MLPrune (Zeng, Urtasun 2019). Removing w_ij costs w_ij^2 / (2 [A^-1]_jj [G^-1]_ii); one threshold over
+  all layers sets each layer's ratio, which is the method's point. Survivors move by the sum of the single weights'
+  updates, as in the paper, or by the best update in the metric A, which does not assume that removals do not meet.
+* "exact": one weight after the other in the metric A (ExactOBS: Frantar, Alistarh 2022), rows and layers merged by cost
+  times G_ii. O(n^3) for each row of n.
+* "sweep": SparseGPT (Frantar, Alistarh 2023), every layer at the same density.
+
+Where a layer has a bias, A is the covariance of its inputs and the bias takes up the mean of the error, which is what
+counting the bias as an input of 1 does. Where a layer is wider than `block`, A^-1 is that of A's diagonal blocks.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from tersenet.calibrate import Moments, moments
+from tersenet.methods.sparse import kept_count, largest
+from tersenet.methods.surgeon import damped, refitted, removals, swept
+from tersenet.packed import Array, Sparse, Tree
+from tersenet.recipe import Draft, artifact_of, dense_array
+from tersenet.stages.prune import masked
+from tersenet.task import Task, one_thread, progress
+
+ORDERS = ("kronecker", "exact", "sweep")
+UPDATES = ("sum", "best", "none")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight as groups of rows, with what removing parts of it costs, all in float64."""
+
+    name: str
+    weight: Array  # [groups, rows, n]
+    mask: Array  # the same, of what is not pruned already
+    inputs: Array  # A [groups, n, n], damped
+    outputs: Array  # G [groups, rows, rows], damped
+    means: Array  # [groups, n] of the inputs where a bias takes up the mean, else 0
+
+    def inverses(self, block: int) -> Array:
+        """A^-1 [groups, n, n], of diagonal blocks where A is wider than `block`."""
+        found = np.zeros_like(self.inputs)
+        for at in range(0, self.inputs.shape[1], block):
+            part = (slice(None), slice(at, at + block), slice(at, at + block))
+            found[part] = np.linalg.inv(self.inputs[part])
+        return found
+
+
+@dataclass(frozen=True)
+class OBS:
+    """Keep a density of the weights, chosen and made up for by second moments of `samples` training inputs.
+
+    `damping` is added to A and G as a part of their mean diagonals. `update` moves the survivors; "exact" and "sweep"
+    always end in the best update. Layers whose moments are not known stay dense.
+    """
+
+    density: float = 0.5
+    order: str = "exact"
+    update: str = "best"
+    damping: float = 0.01
+    samples: int = 1024
+    block: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS or self.update not in UPDATES:
+            raise ValueError(f"OBS takes order among {', '.join(ORDERS)} and update among {', '.join(UPDATES)}")
+        if not 0 < self.density <= 1:
+            raise ValueError("OBS takes a density in (0, 1]")
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        if task is None or draft.model is None:
+            raise ValueError("OBS needs the network's inputs: give a Task with training data")
+        if self.density == 1:
+            return draft
+        with one_thread():
+            layers = self._layers(draft, task)
+            if self.order == "sweep":
+                return self._swept(draft, layers)
+            chosen = self._ranked(draft, layers) if self.order == "kronecker" else self._merged(draft, layers)
+            return self._updated(chosen, layers)
+
+    def _layers(self, draft: Draft, task: Task) -> list[Layer]:
+        model = artifact_of(draft).into(copy.deepcopy(draft.model))
+        found = moments(model, task.calibration(self.samples), task, seed=self.seed)
+        known = {id(draft.tensors[name]): m for name, m in found.items() if name in draft.tensors}
+        return [
+            self._layer(draft, name, known[id(draft.tensors[name])])
+            for name in draft.weights()
+            if id(draft.tensors[name]) in known
+        ]
+
+    def _layer(self, draft: Draft, name: str, known: Moments) -> Layer:
+        w, tree = dense_array(draft.tensors[name]).astype(np.float64), draft.tensors[name].tree
+        a, means = known.inputs.numpy(), known.means.numpy()
+        if self._bias(draft, name) is None:
+            means = np.zeros_like(means)
+        groups, rows = len(a), len(w) // len(a)
+        g = known.outputs.numpy()
+        g = np.stack([g[at : at + rows, at : at + rows] for at in range(0, len(w), rows)])
+        shape = (groups, rows, a.shape[1])
+        mask = tree.mask if isinstance(tree, Sparse) else np.ones(w.shape, bool)
+        covariance = a - means[:, :, None] * means[:, None]
+        damping = (damped(covariance, self.damping), damped(g, self.damping))
+        return Layer(name, w.reshape(shape), mask.reshape(shape), *damping, means)
+
+    def _bias(self, draft: Draft, name: str) -> str | None:
+        bias = name.removesuffix("weight") + "bias"
+        held = draft.tensors.get(bias)
+        fits = held is not None and bias in draft.trainable and held.tree.shape == draft.tensors[name].tree.shape[:1]
+        return bias if fits else None
+
+    def _ranked(self, draft: Draft, layers: list[Layer]) -> Draft:
+        saliency = {}
+        for layer in layers:
+            inputs = np.diagonal(layer.inverses(self.block), axis1=1, axis2=2)
+            outputs = np.diagonal(np.linalg.inv(layer.outputs), axis1=1, axis2=2)
+            cost = np.square(layer.weight) / (2 * outputs[:, :, None] * inputs[:, None])
+            saliency[layer.name] = cost.reshape(draft.tensors[layer.name].tree.shape)
+        return masked(draft, saliency, dict.fromkeys(saliency, self.density), set())
+
+    def _merged(self, draft: Draft, layers: list[Layer]) -> Draft:
+        """Costs along each row's removals never fall, so the cheapest of all rows together are prefixes of each."""
+        costs, places = [], []
+        for layer in progress(layers, "removing weights", len(layers)):
+            shape = layer.weight.shape
+            for g, r in np.ndindex(shape[:2]):
+                there = np.flatnonzero(layer.mask[g, r])
+                if not there.size:
+                    continue
+                inverse = np.linalg.inv(layer.inputs[g][np.ix_(there, there)])
+                order, cost = removals(layer.weight[g, r][there], inverse, len(there))
+                costs.append(np.maximum.accumulate(cost) * layer.outputs[g, r, r])
+                places.append(np.ravel_multi_index((g, r, there[order]), shape))
+        total = sum(layer.weight.size for layer in layers)
+        kept = largest(np.concatenate(costs), kept_count(self.density, total))
+        trees: dict[str, Tree] = {}
+        at = 0
+        for layer in layers:
+            mask = layer.mask.copy().reshape(-1)
+            for _ in range(int(layer.mask.any(2).sum())):
+                row, places = places[0], places[1:]
+                mask[row] = kept[at : at + len(row)]
+                at += len(row)
+            shape = draft.tensors[layer.name].tree.shape
+            mask = mask.reshape(shape)
+            trees[layer.name] = Sparse(mask, layer.weight.reshape(shape)[mask].astype(np.float32))
+        return draft.with_trees(trees)
+
+    def _updated(self, chosen: Draft, layers: list[Layer]) -> Draft:
+        """The survivors of a draft that was pruned, moved; the layers hold the weights from before."""
+        trees: dict[str, Array] = {}
+        for layer in layers:
+            tree = cast(Sparse, chosen.tensors[layer.name].tree)
+            mask = tree.mask.reshape(layer.weight.shape)
+            if self.update == "best":
+                found = np.stack([refitted(w, m, a) for w, m, a in zip(layer.weight, mask, layer.inputs, strict=True)])
+            elif self.update == "sum":
+                inputs, outputs = layer.inverses(self.block), np.linalg.inv(layer.outputs)
+                own = (
+                    np.diagonal(outputs, axis1=1, axis2=2)[:, :, None] * np.diagonal(inputs, axis1=1, axis2=2)[:, None]
+                )
+                found = layer.weight - outputs @ np.where(mask, 0, layer.weight / own) @ inputs
+            else:
+                found = layer.weight
+            trees[layer.name] = np.where(mask, found, 0)
+        return self._with_weights(chosen, layers, trees)
+
+    def _swept(self, draft: Draft, layers: list[Layer]) -> Draft:
+        trees, masks = dict[str, Array](), dict[str, Tree]()
+        for layer in progress(layers, "sweeping", len(layers)):
+            parts = [swept(w, a, self.density) for w, a in zip(layer.weight, layer.inputs, strict=True)]
+            trees[layer.name] = np.stack([dense for dense, _ in parts])
+            mask = np.stack([mask for _, mask in parts]).reshape(draft.tensors[layer.name].tree.shape)
+            masks[layer.name] = Sparse(mask, np.zeros(int(mask.sum()), np.float32))
+        return self._with_weights(draft.with_trees(masks), layers, trees)
+
+    def _with_weights(self, draft: Draft, layers: list[Layer], weights: dict[str, Array]) -> Draft:
+        """The draft with new weights under its masks; biases take up the mean of what was lost."""
+        trees: dict[str, Tree] = {}
+        for layer in layers:
+            tree, w = cast(Sparse, draft.tensors[layer.name].tree), weights[layer.name]
+            trees[layer.name] = Sparse(tree.mask, w.reshape(tree.mask.shape)[tree.mask].astype(np.float32))
+            if (bias := self._bias(draft, layer.name)) is not None:
+                lost = ((layer.weight - w) @ layer.means[..., None]).reshape(-1)
+                trees[bias] = (dense_array(draft.tensors[bias]) + lost).astype(np.float32)
+        return draft.with_trees(trees)
