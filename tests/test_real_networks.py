@@ -6,6 +6,8 @@ import torch
 import tersenet as tn
 from tersenet.artifact import load
 from tersenet.recipe import Budget, Draft, artifact_of
+from tersenet.stages.obs import OBS
+from tersenet.stages.prune import Prune
 
 
 def task_of(data, name, split, count):
@@ -32,6 +34,19 @@ def test_resnet20_keeps_its_accuracy_at_a_thirteenth_of_its_size_without_retrain
     assert result.before == 0.9173
     assert result.after > result.before - 0.012
     assert 0.97 * 80_000 <= result.artifact.nbytes <= 80_000
+
+
+def test_surgery_keeps_lenet_300_at_a_tenth_of_its_weights_where_magnitude_does_not(data):
+    task = task_of(data, "lenet300", "mnist", 1_200)
+
+    def score(stage):
+        draft = stage(Draft.of_model(data[1].load("lenet300")), task)
+        return task.score(task.test, artifact_of(draft).into(draft.model))
+
+    magnitude = score(Prune(0.1, 1, retrain="none"))
+    assert score(OBS(0.1, "kronecker", "sum")) > magnitude + 0.01
+    assert score(OBS(0.1, "kronecker", "best")) > magnitude + 0.03
+    assert score(OBS(0.1, "sweep")) > score(Prune(0.1, 1, retrain="none", scope="layer")) + 0.01
 
 
 def test_every_given_network_survives_the_file_bit_for_bit_when_nothing_is_packed(data):

@@ -15,6 +15,8 @@ counting the bias as an input of 1 does. Where a layer is wider than `block`, A^
 """
 
 import copy
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -56,7 +58,8 @@ class Layer:
 class OBS:
     """Keep a density of the weights, chosen and made up for by second moments of `samples` training inputs.
 
-    `damping` is added to A and G as a part of their mean diagonals. `update` moves the survivors; "exact" and "sweep"
+    `damping` and `rows` are what is added to A and to G, as parts of their mean diagonals: G is known from far fewer
+    gradients than A from positions, and MLPrune inverts it. `update` moves the survivors; "exact" and "sweep"
     always end in the best update. Layers whose moments are not known stay dense.
     """
 
@@ -64,6 +67,7 @@ class OBS:
     order: str = "exact"
     update: str = "best"
     damping: float = 0.01
+    rows: float = 1.0
     samples: int = 1024
     block: int = 2048
     seed: int = 0
@@ -107,14 +111,16 @@ class OBS:
         shape = (groups, rows, a.shape[1])
         mask = tree.mask if isinstance(tree, Sparse) else np.ones(w.shape, bool)
         covariance = a - means[:, :, None] * means[:, None]
-        damping = (damped(covariance, self.damping), damped(g, self.damping))
+        damping = (damped(covariance, self.damping), damped(g, self.rows))
         return Layer(name, w.reshape(shape), mask.reshape(shape), *damping, means)
 
     def _bias(self, draft: Draft, name: str) -> str | None:
         bias = name.removesuffix("weight") + "bias"
         held = draft.tensors.get(bias)
-        fits = held is not None and bias in draft.trainable and held.tree.shape == draft.tensors[name].tree.shape[:1]
-        return bias if fits else None
+        if held is None or bias not in draft.trainable or held.tree.shape != draft.tensors[name].tree.shape[:1]:
+            return None
+        tied = sum(tensor is draft.tensors[name] for tensor in draft.tensors.values()) > 1
+        return None if tied else bias  # the moments of tied weights are those of all their layers
 
     def _ranked(self, draft: Draft, layers: list[Layer]) -> Draft:
         saliency = {}
@@ -127,17 +133,21 @@ class OBS:
 
     def _merged(self, draft: Draft, layers: list[Layer]) -> Draft:
         """Costs along each row's removals never fall, so the cheapest of all rows together are prefixes of each."""
-        costs, places = [], []
-        for layer in progress(layers, "removing weights", len(layers)):
-            shape = layer.weight.shape
-            for g, r in np.ndindex(shape[:2]):
-                there = np.flatnonzero(layer.mask[g, r])
-                if not there.size:
-                    continue
-                inverse = np.linalg.inv(layer.inputs[g][np.ix_(there, there)])
-                order, cost = removals(layer.weight[g, r][there], inverse, len(there))
-                costs.append(np.maximum.accumulate(cost) * layer.outputs[g, r, r])
-                places.append(np.ravel_multi_index((g, r, there[order]), shape))
+
+        def taken(row: tuple[Layer, int, int]) -> tuple[Array, Array]:
+            layer, g, r = row
+            there = np.flatnonzero(layer.mask[g, r])
+            inverse = np.linalg.inv(layer.inputs[g][np.ix_(there, there)])
+            order, cost = removals(layer.weight[g, r][there], inverse, len(there))
+            place = np.ravel_multi_index((g, r, there[order]), layer.weight.shape)
+            return np.maximum.accumulate(cost) * layer.outputs[g, r, r], place
+
+        rows = [
+            (layer, g, r) for layer in layers for g, r in np.ndindex(layer.mask.shape[:2]) if layer.mask[g, r].any()
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(progress(pool.map(taken, rows), "removing weights", len(rows)))
+        costs, places = [cost for cost, _ in found], [place for _, place in found]
         total = sum(layer.weight.size for layer in layers)
         kept = largest(np.concatenate(costs), kept_count(self.density, total))
         trees: dict[str, Tree] = {}
@@ -145,7 +155,7 @@ class OBS:
         for layer in layers:
             mask = layer.mask.copy().reshape(-1)
             for _ in range(int(layer.mask.any(2).sum())):
-                row, places = places[0], places[1:]
+                row = places.pop(0)
                 mask[row] = kept[at : at + len(row)]
                 at += len(row)
             shape = draft.tensors[layer.name].tree.shape
