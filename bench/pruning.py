@@ -9,24 +9,30 @@ from the given networks, retrained with shifts (MNIST) or crops and flips (CIFAR
 """
 
 import json
+import statistics
 import sys
 import time
 from dataclasses import replace
 
 import numpy as np
+import ptq
 import torch
 import torch.nn.functional as F
 from deep_compression import shifted
 from table import ROOT, real_data, write
 
 import tersenet as tn
+from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.artifact import load
 from tersenet.methods.kmeans import KMeans
 from tersenet.recipe import Draft, artifact_of, cache_folder, run
 from tersenet.stages.budget import to_size
+from tersenet.stages.channels import Channels, SearchChannels, small
+from tersenet.stages.coupling import Coupling
 from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
-from tersenet.stages.prune import Prune
+from tersenet.stages.prune import Prune, Retrain
 from tersenet.stages.waterfill import gather
 
 DATASETS, MODELS = real_data()
@@ -218,6 +224,121 @@ def resnet_curves():
         yield rows
 
 
+# ---------------------------------------------------------------- second order
+
+
+def second_order(name: str):
+    """MLPrune against magnitude at equal density and equal retraining, from the given weights, one round."""
+    densities = {"lenet300": (0.1, 0.03), "lenet5": (0.1, 0.02), "resnet20": (0.5, 0.3)}[name]
+    rate, epochs = {"lenet300": (0.02, 3), "lenet5": (0.01, 1), "resnet20": (0.01, 1)}[name]
+    schedule = tn.Schedule(epochs=epochs, lr=rate, drops=(0.67,), weight_decay=1e-4)
+    task = task_of(name, schedule, cropped if name == "resnet20" else shifted)
+    state = {n: t.clone() for n, t in task.model.state_dict().items()}
+    reference, rows = round(task.score(task.test), 4), []
+    for density in densities:
+        for label, stage in (
+            ("magnitude", Prune(density, 1, retrain="none")),
+            ("MLPrune", OBS(density, "kronecker", "sum")),
+            ("MLPrune, best update", OBS(density, "kronecker", "best")),
+        ):
+            task.model.load_state_dict(state)
+            pruned = stage(Draft.of_model(task.model), replace(task, augment=None))
+            before = scored(pruned, task)[1]
+            size, after = scored(Retrain(epochs=epochs)(pruned, task), task)
+            row = {"network": name, "method": label, "density": density, "bytes": size, "before": round(before, 4)}
+            rows.append({**row, "accuracy": round(after, 4), "reference": reference, "epochs": epochs, "seed": 0})
+            print(rows[-1], flush=True)
+    yield rows
+
+
+def surgery_curve():
+    """ResNet-20 without retraining: exact optimal brain surgery, one sweep and magnitude, from 1,024 images."""
+    task = ptq.task_of("resnet20")
+    state = {n: t.clone() for n, t in task.model.state_dict().items()}
+    reference, rows = round(task.score(task.test), 4), []
+    for density in (0.5, 0.4, 0.3):
+        for label, stage in (
+            ("magnitude", Prune(density, 1, retrain="none")),
+            ("SparseGPT", OBS(density, "sweep")),
+            ("exact OBS", OBS(density, "exact")),
+        ):
+            task.model.load_state_dict(state)
+            began = time.monotonic()
+            draft = stage(Draft.of_model(task.model), task)
+            size, score = scored(draft, task)
+            row = {"network": "resnet20", "method": label, "zeros": round(1 - density, 2), "bytes": size}
+            more = {"accuracy": round(score, 4), "reference": reference, "epochs": 0}
+            rows.append({**row, **more, "seconds": round(time.monotonic() - began, 1)})
+            print(rows[-1], flush=True)
+    yield rows
+
+
+# ---------------------------------------------------------------- channels
+
+
+def searches(episodes: int = 80):
+    """AMC, random search with as many episodes and uniform ratios at half of ResNet-20's MACs."""
+    task = task_of("resnet20", tn.Schedule(epochs=1, lr=0.01, drops=(), weight_decay=1e-4), cropped)
+    state = {n: t.clone() for n, t in task.model.state_dict().items()}
+    reference, rows, plain = round(task.score(task.test), 4), [], replace(task, augment=None)
+    for label, stage in (
+        ("uniform ratios", Channels(0.5)),
+        ("random search", SearchChannels(0.5, RandomSearch(episodes), scored=1000)),
+        ("AMC", SearchChannels(0.5, AMC(episodes, episodes // 4), scored=1000)),
+    ):
+        task.model.load_state_dict(state)
+        began = time.monotonic()
+        draft = stage(Draft.of_model(task.model), plain)
+        seconds = round(time.monotonic() - began, 1)
+        before = scored(draft, task)[1]
+        macs = Coupling.of(small(draft), task.test[0][:1]).macs(set())
+        size, after = scored(Retrain(epochs=1)(draft, task), task)
+        row = {"network": "resnet20", "method": label, "macs": macs, "bytes": size, "before": round(before, 4)}
+        more = {"reference": reference, "epochs": 1, "search_seconds": seconds, "seed": 0}
+        rows.append({**row, "accuracy": round(after, 4), **more})
+        print(rows[-1], flush=True)
+        yield rows
+
+
+def halved():
+    """Half of the MACs taken out as channels, without retraining; the smaller module runs, exports and is timed."""
+    rows = []
+    for name in ("resnet20", "resnet56", "squeezenet11", "mobilenetv2"):
+        task = ptq.task_of(name)
+        reference, x = round(task.score(task.test), 4), task.test[0][:1]
+        draft = Channels(0.5)(Draft.of_model(MODELS.load(name)), task)
+        whole, less = MODELS.load(name).eval(), small(draft).eval()
+        exported = torch.export.export(less, (x,)).module()
+        with torch.no_grad():
+            assert torch.allclose(exported(x), less(x), atol=1e-4)
+        size, score = scored(draft, task)
+        times = latencies([whole, less], x)
+        row = {"network": name, "method": "uniform ratios, half the MACs", "bytes": size, "accuracy": round(score, 4)}
+        more = {"reference": reference, "macs": Coupling.of(less, x).macs(set())}
+        more |= {"macs_before": Coupling.of(whole, x).macs(set()), "latency_ratio": round(times[1] / times[0], 3)}
+        more |= {"parameters": count(less), "parameters_before": count(whole), "epochs": 0}
+        rows.append({**row, **more})
+        print(rows[-1], flush=True)
+        yield rows
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def latencies(models: list[torch.nn.Module], x: torch.Tensor, rounds: int = 25) -> list[float]:
+    """Median CPU seconds of one image on one thread, the models in turns."""
+    spent = [[] for _ in models]
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for model, kept_times in zip(models, spent):
+                begun = time.process_time()
+                model(x)
+                kept_times.append(time.process_time() - begun)
+    return [statistics.median(times) for times in spent]
+
+
 PARTS = {
     "lenet300-curves": lambda: curves("lenet300"),
     "lenet5-curves": lambda: curves("lenet5"),
@@ -225,6 +346,12 @@ PARTS = {
     "lenet5-file": lambda: surgery("lenet5"),
     "resnet20-file": resnet_file,
     "resnet20-curves": resnet_curves,
+    "lenet300-second-order": lambda: second_order("lenet300"),
+    "lenet5-second-order": lambda: second_order("lenet5"),
+    "resnet20-second-order": lambda: second_order("resnet20"),
+    "resnet20-surgery": surgery_curve,
+    "resnet20-search": searches,
+    "channels": halved,
 }
 
 

@@ -9,7 +9,7 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "", "task": "", "native": "", "allocators": "", "information": "",
+    "packed": "", "task": "", "native": "", "allocators": "task", "information": "",
     "codecs": "native", "container": "packed codecs",
     "artifact": "container packed codecs", "methods": "packed native", "calibrate": "task",
     "recipe": "packed task artifact", "stages": "recipe methods calibrate packed task artifact allocators",
@@ -19,7 +19,7 @@ MAY = {
     "cli": "papers report runtime recipe artifact codecs promise recipe_file",
     "__init__": "artifact codecs recipe task promise papers",
 }  # fmt: skip
-TORCH = {"methods", "calibrate", "task", "recipe", "stages", "promise", "threelc", "information"}
+TORCH = {"allocators", "methods", "calibrate", "task", "recipe", "stages", "promise", "threelc", "information"}
 
 
 def imports(file: Path):

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable
 
+from tersenet.allocators.amc import AMC
 from tersenet.methods.kmeans import KMeans
 from tersenet.recipe import Recipe, Stage
+from tersenet.stages.channels import SearchChannels
 from tersenet.stages.finetune import Finetune
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
@@ -68,6 +70,15 @@ def sparsegpt(density: float = 0.5, samples: int = 1024, seed: int = 0) -> Recip
     return OBS(density, "sweep", samples=samples, seed=seed), Narrow()
 
 
+def amc(macs: float = 0.5, episodes: int = 100, epochs: int = 0, seed: int = 0) -> Recipe:
+    """AMC (He et al. 2018): a learned agent sets how many channels of each layer stay, within a part of the MACs.
+
+    A short fine-tuning of `epochs` follows the search.
+    """
+    search = SearchChannels(macs, AMC(episodes, min(25, episodes // 4), seed=seed))
+    return search, Retrain("learning-rate", epochs, seed), Narrow()
+
+
 def _rounds(density: float) -> int:
     return max(1, round(math.log(density) / math.log(0.8)))
 
@@ -79,4 +90,5 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "mlprune": mlprune,
     "exact-obs": exact_obs,
     "sparsegpt": sparsegpt,
+    "amc": amc,
 }

@@ -27,6 +27,7 @@ from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
 from tersenet.recipe import Recipe
+from tersenet.stages.channels import Channels, DropDead
 from tersenet.stages.finetune import Finetune, TrainLevels
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
@@ -42,6 +43,8 @@ STAGES: dict[str, type] = {
     "retrain": Retrain,
     "obs": OBS,
     "train-levels": TrainLevels,
+    "channels": Channels,
+    "drop-dead": DropDead,
 }
 METHODS: dict[str, type] = {
     "magnitude": Magnitude,

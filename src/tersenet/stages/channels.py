@@ -1,0 +1,301 @@
+"""Whole channels and neurons: the layers really shrink, in the file and, with `small`, in the module that runs.
+
+Channels that must go together are found by coupling.py. Which of a space's channels stay is decided by the L1 norm of
+the weights that read them, and the layers that read them are fitted again, as in AMC (He et al. 2018, section 3) and
+He, Zhang, Sun (2017): W' = W A[:, K] A[K, K]^-1 keeps their outputs closest, A being the moments of their inputs. Where
+we differ: one least-squares problem in closed form from moments instead of sampled points.
+
+A pruned weight is stored as what stays with the places it stays in (`Sliced`), so the file still opens as the original
+architecture, with zeros; norms and biases of channels that are gone are zeros too.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tersenet.allocators.amc import AMC, Problem, RandomSearch
+from tersenet.artifact import Coding
+from tersenet.calibrate import Moments, moments
+from tersenet.methods.sparse import kept_count, largest
+from tersenet.methods.surgeon import damped
+from tersenet.packed import Array, Sliced, Sparse, Tree, narrowed
+from tersenet.recipe import Draft, artifact_of, cache_folder, dense_array
+from tersenet.stages.coupling import Coupling
+from tersenet.task import Task, one_thread
+
+BITS = Coding(("bits",))
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network whose channels can be taken out: its spaces, what each channel is worth, and its moments."""
+
+    draft: Draft
+    coupling: Coupling
+    spaces: list[tuple[int, ...]]
+    worth: list[Array]  # for each space, the worth of each of its channels
+    found: dict[str, Moments]
+
+    @staticmethod
+    def of(draft: Draft, task: Task, samples: int, seed: int = 0) -> "Plan":
+        """Trace the network on training inputs and gather its moments."""
+        if draft.model is None:
+            raise ValueError("channels are found by running the network, but only arrays were given: use a Task")
+        model = artifact_of(draft).into(copy.deepcopy(draft.model))
+        x = task.calibration(samples)
+        with one_thread():
+            coupling = Coupling.of(model, x[:2])
+            found = moments(model, x, task, labels=1, seed=seed)
+        spaces = coupling.spaces()
+        if not spaces:
+            raise ValueError("no channel of this network can be taken out: all are fixed by what reads them")
+        worth = [_worth(draft, coupling, roots) for roots in spaces]
+        return Plan(draft, coupling, spaces, worth, found)
+
+    def gone(self, ratios: Sequence[float]) -> set[int]:
+        """The channels that go when each space keeps a part of its channels, at least one."""
+        return {
+            root
+            for roots, worth, ratio in zip(self.spaces, self.worth, ratios, strict=True)
+            for root, stays in zip(roots, largest(worth, kept_count(ratio, len(roots))), strict=True)
+            if not stays
+        }
+
+    def macs(self, ratios: Sequence[float] | None = None) -> int:
+        """Multiplications and additions for one sample, of the whole network or at these ratios."""
+        return self.coupling.macs(set() if ratios is None else self.gone(ratios))
+
+    def uniform(self, part: float) -> list[float]:
+        """The largest ratio, the same for all spaces, that keeps the MACs to a part of the network's."""
+        most, low, high = part * self.macs(), 0.0, 1.0
+        if self.macs([low] * len(self.spaces)) > most:
+            least = self.macs([low] * len(self.spaces)) / self.macs()
+            raise ValueError(f"{part:.0%} of the MACs cannot be met: one channel in each layer needs {least:.0%}")
+        for _ in range(40):
+            middle = (low + high) / 2
+            fits = self.macs([middle] * len(self.spaces)) <= most
+            low, high = (middle, high) if fits else (low, middle)
+        return [low] * len(self.spaces)
+
+    def problem(self, part: float, score: Callable[[Draft], float]) -> Problem:
+        """The search for the ratios that keep the score best at a part of the MACs."""
+        features = []
+        for k, roots in enumerate(self.spaces):
+            made, read = (self._work(set(roots), rows) for rows in (True, False))
+            features.append((k, len(roots), made[0], read[0], made[1], read[1]))
+        table = np.array(features, np.float64)
+        span = np.ptp(table, axis=0)
+        normal = (table - table.min(0)) / np.where(span > 0, span, 1)
+        return Problem(
+            tuple(map(len, self.spaces)),
+            tuple(map(tuple, normal.tolist())),
+            self.macs,
+            part * self.macs(),
+            lambda ratios: score(self.pruned(ratios)),
+        )
+
+    def _work(self, roots: set[int], rows: bool) -> tuple[int, int]:
+        """MACs and weights of the layers whose rows, or columns, a space's channels are."""
+        work, weights = 0, 0
+        for name, use in self.coupling.uses.items():
+            if any(self.coupling.root(label) in roots for label in (use.rows if rows else use.columns)):
+                size = len(use.rows) * (1 if use.depthwise else len(use.columns))
+                work, weights = work + use.work * size, weights + int(np.prod(self.draft.tensors[name].tree.shape))
+        return work, weights
+
+    def pruned(self, ratios: Sequence[float], damping: float = 1e-3) -> Draft:
+        """The draft without the channels that go, the layers that read them fitted again."""
+        gone = self.gone(ratios)
+        names = list(dict.fromkeys(name for name, _ in self.coupling.axes))
+        dense = {name: dense_array(self.draft.tensors[name]) for name in names}
+        for name in names:
+            kept = self.coupling.kept((name, 1), gone) if (name, 1) in self.coupling.axes else np.ones(1, bool)
+            if not kept.all() and name in self.found:
+                dense[name], lost = self._fitted(name, dense[name], kept, damping)
+                bias = name.removesuffix("weight") + "bias"
+                if lost is not None and bias in dense:
+                    dense[bias] = (dense[bias] + lost).astype(np.float32)
+        axes = {name: [(name, axis) for axis in range(2) if (name, axis) in self.coupling.axes] for name in names}
+        kepts = {name: {axis: self.coupling.kept((name, axis), gone) for _, axis in axes[name]} for name in names}
+        return self.draft.with_trees({name: _sliced(dense[name], kepts[name]) for name in names})
+
+    def _fitted(self, name: str, w: Array, kept: Array, damping: float) -> tuple[Array, Array | None]:
+        """Weights that read only the kept channels, and what the bias takes up of the mean, where there is one."""
+        known = self.found[name]
+        a, mean = known.inputs.numpy()[0], known.means.numpy()[0]
+        own = f"{name.removesuffix('weight')}bias" in self.draft.tensors
+        if own:
+            a = a - np.outer(mean, mean)
+        columns = np.repeat(kept, len(a) // len(kept))
+        flat = w.reshape(len(w), -1).astype(np.float64)
+        inner = damped(a[np.ix_(columns, columns)][None], damping)[0]
+        found = np.zeros_like(flat)
+        right = flat @ a[:, columns] + flat[:, columns] * (inner - a[np.ix_(columns, columns)]).diagonal()
+        found[:, columns] = np.linalg.solve(inner, right.T).T
+        return found.reshape(w.shape).astype(np.float32), (flat - found) @ mean if own else None
+
+
+def _worth(draft: Draft, coupling: Coupling, roots: tuple[int, ...]) -> Array:
+    """L1 norm of the weights that read each channel, or of those that make it where none read it."""
+    at = {root: i for i, root in enumerate(roots)}
+    for axis in (1, 0):
+        worth, seen = np.zeros(len(roots)), False
+        for (name, along), labels in coupling.axes.items():
+            w = dense_array(draft.tensors[name])
+            if along != axis or w.ndim < 2:
+                continue
+            sums = np.abs(w).sum(axis=tuple(d for d in range(w.ndim) if d != axis), dtype=np.float64)
+            for label, total in zip(labels, sums, strict=True):
+                if (root := coupling.root(label)) in at:
+                    worth[at[root]] += total
+                    seen = True
+        if seen:
+            break
+    return worth
+
+
+def _sliced(w: Array, kept: Mapping[int, Array]) -> Tree:
+    """The array without what is not kept along these axes."""
+    places = {axis: np.flatnonzero(stays) for axis, stays in kept.items() if not stays.all()}
+    child = w
+    for axis, there in places.items():
+        child = child.take(there, axis)
+    tree: Tree = child
+    for axis, there in places.items():
+        tree = Sliced(narrowed(there), tree, axis, w.shape[axis])
+    return tree
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Take out channels until `macs` of the multiplications are left: `ratios` of each space, or the same for all."""
+
+    macs: float = 0.5
+    ratios: tuple[float, ...] = ()
+    samples: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.macs <= 1:
+            raise ValueError("Channels takes a part of the MACs in (0, 1]")
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        if task is None:
+            raise ValueError("channels are found by running the network: give a Task with training data")
+        if self.macs == 1 and not self.ratios:
+            return draft
+        plan = Plan.of(draft, task, self.samples, self.seed)
+        if self.ratios and len(self.ratios) != len(plan.spaces):
+            raise ValueError(f"Channels got {len(self.ratios)} ratios; this network has {len(plan.spaces)} spaces")
+        return plan.pruned(self.ratios or plan.uniform(self.macs))
+
+
+@dataclass(frozen=True)
+class SearchChannels:
+    """Take out channels until `macs` are left, the ratios searched by AMC or by its random control.
+
+    Choices are scored, without retraining, on up to `scored` samples of the task's data for choosing.
+    """
+
+    macs: float = 0.5
+    search: AMC | RandomSearch = field(default_factory=AMC)
+    samples: int = 512
+    scored: int = 2000
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        if task is None:
+            raise ValueError("channels are found by running the network: give a Task with training data")
+        plan = Plan.of(draft, task, self.samples, self.search.seed)
+        x, y = task.held() if isinstance(task.held(), tuple) else next(iter(task.held()))
+        model, part = copy.deepcopy(draft.model), (x[: self.scored], y[: self.scored])
+
+        def score(pruned: Draft) -> float:
+            return task.score(part, artifact_of(pruned).into(model))
+
+        mark = hashlib.sha256(f"{task.digest()}{self}".encode() + artifact_of(draft, BITS).to_bytes())
+        return plan.pruned(
+            self.search.allocate(plan.problem(self.macs, score), cache_folder() / f"amc-{mark.hexdigest()[:24]}")
+        )
+
+
+@dataclass(frozen=True)
+class DropDead:
+    """After unstructured pruning, empty the channels that nothing reads or that are always 0, until none is left."""
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        if task is None or draft.model is None:
+            raise ValueError("channels are found by running the network: give a Task with training data")
+        model = artifact_of(draft).into(copy.deepcopy(draft.model))
+        coupling = Coupling.of(model, task.calibration(2))
+        frozen = {coupling.root(label) for label in coupling.frozen}
+        dense = {name: dense_array(draft.tensors[name]).copy() for name, _ in coupling.axes}
+        while True:
+            alive: dict[int, list[bool]] = {}
+            for (name, axis), labels in coupling.axes.items():
+                w = dense[name]
+                there = np.abs(w).sum(axis=tuple(d for d in range(w.ndim) if d != axis)) > 0
+                for label, some in zip(labels, there, strict=True):
+                    made, read = alive.setdefault(coupling.root(label), [False, False])
+                    alive[coupling.root(label)] = [made or (axis == 0 and some), read or (axis == 1 and some)]
+            gone = {root for root, (made, read) in alive.items() if not (made and read)} - frozen
+            before = sum(int(np.count_nonzero(w)) for w in dense.values())
+            for name, axis in coupling.axes:
+                stays = coupling.kept((name, axis), gone)
+                dense[name][(slice(None),) * axis + (~stays,)] = 0
+            if sum(int(np.count_nonzero(w)) for w in dense.values()) == before:
+                return draft.with_trees({name: _masked(draft, name, w) for name, w in dense.items()})
+
+
+def _masked(draft: Draft, name: str, w: Array) -> Tree:
+    tree = draft.tensors[name].tree
+    if not isinstance(tree, Sparse):
+        return w
+    mask = tree.mask & (w != 0)
+    return Sparse(mask, w[mask])
+
+
+def small(draft: Draft) -> nn.Module:
+    """The module of a draft whose channels were taken out, with layers that are really smaller, to run or export.
+
+    The module's own code must not fix the numbers of channels that were taken out; tracing has made sure of that.
+    """
+    model: nn.Module = artifact_of(draft).into(copy.deepcopy(draft.model))
+    for name, layer in model.named_modules():
+        tensor = draft.tensors.get(f"{name}.weight".lstrip("."))
+        if tensor is None or not isinstance(tensor.tree, Sliced):
+            continue
+        rows, columns = _kept(tensor.tree, 0), _kept(tensor.tree, 1)
+        if isinstance(layer, NORMS):
+            layer.num_features = len(rows)
+            for part in ("running_mean", "running_var"):
+                if getattr(layer, part) is not None:
+                    setattr(layer, part, getattr(layer, part)[rows].clone())
+        elif isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = len(rows), len(columns)
+        elif isinstance(layer, nn.Conv2d):
+            depthwise = layer.groups > 1
+            layer.out_channels = len(rows)
+            layer.in_channels = len(rows) if depthwise else len(columns)
+            layer.groups = len(rows) if depthwise else 1
+        weight = layer.weight.detach()[rows]
+        layer.weight = nn.Parameter(weight[:, columns].clone() if weight.dim() > 1 else weight.clone())
+        if getattr(layer, "bias", None) is not None:
+            layer.bias = nn.Parameter(layer.bias.detach()[rows].clone())
+    return model
+
+
+def _kept(tree: Any, axis: int) -> torch.Tensor:
+    """The places that a tree of `Sliced` keeps along an axis."""
+    everywhere = torch.arange(tree.shape[axis]) if axis < len(tree.shape) else torch.arange(1)
+    while isinstance(tree, Sliced):
+        if tree.axis == axis:
+            return torch.from_numpy(np.asarray(tree.kept).astype(np.int64))
+        tree = tree.child
+    return everywhere
