@@ -206,7 +206,7 @@ def trees_of(draft: Draft):
 
 def resnet_curves():
     """Rewinding against fine-tuning from the given weights, at equal epochs, down to a tenth of the weights."""
-    epochs, rounds = 2, 4
+    epochs, rounds = 2, 2
     task = task_of("resnet20", tn.Schedule(epochs=epochs, lr=0.02, drops=(0.5,), weight_decay=1e-4), cropped)
     state = {n: t.clone() for n, t in task.model.state_dict().items()}
     reference, rows = round(task.score(task.test), 4), []
@@ -229,7 +229,7 @@ def resnet_curves():
 
 def second_order(name: str):
     """MLPrune against magnitude at equal density and equal retraining, from the given weights, one round."""
-    densities = {"lenet300": (0.1, 0.03), "lenet5": (0.1, 0.02), "resnet20": (0.5, 0.3)}[name]
+    densities = {"lenet300": (0.1, 0.03), "lenet5": (0.1, 0.02), "resnet20": (0.3,)}[name]
     rate, epochs = {"lenet300": (0.02, 3), "lenet5": (0.01, 1), "resnet20": (0.01, 1)}[name]
     schedule = tn.Schedule(epochs=epochs, lr=rate, drops=(0.67,), weight_decay=1e-4)
     task = task_of(name, schedule, cropped if name == "resnet20" else shifted)

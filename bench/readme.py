@@ -73,6 +73,75 @@ def rows_of(rows: list[dict], network: str) -> list[dict]:
     return [r for r in rows if r["network"] == network]
 
 
+def pruning() -> Iterator[str]:
+    rows = [r for r in results("pruning")["rows"] if not r.get("peer")]
+    parts = {part: [r for r in rows if r["part"] == part] for part in dict.fromkeys(r["part"] for r in rows)}
+    yield paragraph(
+        "**Pruning with retraining** (`bench/pruning.py`): files of the given networks, retrained with shifts (MNIST)",
+        "or crops and flips (CIFAR-10), one seed. ResNet-20 was quantized first; its levels were then trained towards",
+        "the float network's outputs, zeros staying zero.",
+    )
+    yield "| network | how | density | bytes | accuracy (float) |"
+    yield "|---|---|---|---|---|"
+    for part in ("lenet300-file", "lenet5-file", "resnet20-file"):
+        for r in parts.get(part, []):
+            density = r.get("density", r.get("density_of_levels"))
+            reached = f"{100 * r['accuracy']:.2f} % ({100 * r['reference']:.2f} %)"
+            yield f"| {r['network']} | {r['method']} | {100 * density:.1f} % | {r['bytes']:,} | {reached} |"
+    yield from curves(parts)
+    yield from second_order(parts)
+
+
+def curves(parts: dict[str, list[dict]]) -> Iterator[str]:
+    yield paragraph(
+        "Accuracy by density and form of retraining (LeNets trained from scratch, means over seeds; the given",
+        "ResNet-20, one seed and few epochs):",
+    )
+    yield "| network | method | seeds, epochs a round | density : accuracy |"
+    yield "|---|---|---|---|"
+    for part in ("lenet300-curves", "lenet5-curves", "resnet20-curves"):
+        rows = parts.get(part, [])
+        for method in dict.fromkeys(r["method"] for r in rows):
+            own = [r for r in rows if r["method"] == method]
+            every = max(1, len(own) // 6)
+            shown = own[::-1][::every][::-1]
+            points = ", ".join(f"{100 * r['density']:.1f} % : {100 * r['accuracy']:.2f} %" for r in shown)
+            head = f"| {own[0]['network']} (float {100 * own[0]['reference']:.2f} %) | {method} "
+            yield head + f"| {len(own[0].get('accuracies', [0]))}, {own[0]['epochs_a_round']} | {points} |"
+
+
+def second_order(parts: dict[str, list[dict]]) -> Iterator[str]:
+    yield paragraph("Second-order pruning and channels, from the given networks:")
+    yield "| network | method | kept | accuracy without retraining | epochs | accuracy (float) |"
+    yield "|---|---|---|---|---|---|"
+    for part in (
+        "resnet20-surgery",
+        *(f"{n}-second-order" for n in ("lenet300", "lenet5", "resnet20")),
+        "resnet20-search",
+    ):
+        for r in parts.get(part, []):
+            kept = (
+                f"{r['macs'] / 1e6:.1f} M MACs"
+                if "macs" in r
+                else f"{100 * r.get('density', 1 - r.get('zeros', 0)):.0f} %"
+            )
+            before = r.get("before", r["accuracy"])
+            after = f"{100 * r['accuracy']:.2f} % ({100 * r['reference']:.2f} %)" if r["epochs"] else ""
+            yield f"| {r['network']} | {r['method']} | {kept} | {100 * before:.2f} % | {r['epochs'] or ''} | {after} |"
+    rows = parts.get("channels", [])
+    if rows:
+        said = "; ".join(
+            f"{r['network']} {r['parameters'] / r['parameters_before']:.0%} of the parameters, "
+            f"{r['latency_ratio']:.2f} of the latency, {100 * r['accuracy']:.1f} % "
+            f"({100 * r['reference']:.1f} %)"
+            for r in rows
+        )
+        yield paragraph(
+            "Half the MACs taken out as whole channels at one ratio, layers fitted again but not retrained; the",
+            f"smaller module runs and exports (one image, one thread, CPU time): {said}.",
+        )
+
+
 def codecs() -> Iterator[str]:
     rows = {(r["network"], r["method"], r.get("qp")): r for r in results("codecs")["rows"]}
     sparse, laplace = rows["stream S", "rans", None], rows["stream L", "rans", None]
@@ -97,7 +166,7 @@ if __name__ == "__main__":
     head = [BEGIN, paragraph(held, "settings and peers, and the commit that made it.")]
     path = ROOT / "README.md"
     text = path.read_text()
-    section = [*head, *deep_compression(), *without_retraining(), *ablation(), *codecs()]
+    section = [*head, *deep_compression(), *without_retraining(), *ablation(), *pruning(), *codecs()]
     path.write_text(
         text[: text.index(BEGIN)] + "\n".join(section).replace("\n\n\n", "\n\n") + "\n" + text[text.index(END) :]
     )

@@ -167,6 +167,8 @@ class _Tracer(TorchFunctionMode):
         known = self.names.get(id(weight))
         bias = given.get("bias", args[2] if len(args) > 2 else None)
         groups = given.get("groups", args[6] if len(args) > 6 else 1)
+        if known in self.found.uses:  # what is used twice has both uses' channels to serve
+            self.found.frozen.update((*self.found.uses[known].rows, *self.found.uses[known].columns))
         if known is None or known in self.found.uses or (name == "linear" and x.dim() != 2):
             return None
         columns = mine if mine is not None else (0,) * x.shape[1]
