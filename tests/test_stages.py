@@ -1,5 +1,6 @@
 """Stages on a small trained network: what they hold still, what they hit, and what they refuse."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -176,6 +177,26 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(task, tmp_path):
     other = replace(task, schedule=replace(task.schedule, lr=0.01))
     assert run(Draft.of_model(task.model), other, recipe[:1], tmp_path, rows.append) is not None
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_pruning_goes_on_with_its_next_round_to_the_same_bytes(task, tmp_path):
+    recipe = (Prune(0.2, 3, 1), Narrow())
+    model = copy.deepcopy(task.model)
+    whole = artifact_of(run(Draft.of_model(model), task, recipe, None, lambda _: None)).to_bytes()
+    rows = []
+
+    def stop(row):
+        rows.append(row)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Draft.of_model(model), task, recipe, tmp_path, stop)
+    resumed = run(Draft.of_model(model), task, recipe, tmp_path, rows.append)
+    assert artifact_of(resumed).to_bytes() == whole
+    assert ["kept" in row for row in rows[2:]] == [True, True, False, False]
+    assert [row["density"] for row in rows[2:5]] == pytest.approx([0.2 ** (k / 3) for k in (1, 2, 3)], abs=1e-4)
+    assert all(0 < row["metric"] <= 1 for row in rows)
 
 
 def test_packing_says_why_a_tensor_stayed_dense(task):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tersenet.task import Task, one_thread, progress
 
 BATCH = 16
+LARGEST = 1 << 19  # numbers in a batch, which has fewer samples where these are large
 WIDEST = 4096  # weights with more rows or columns than this, and no layer to watch, have no moments
 FLATTER = 2.0  # temperature of the distribution that labels are drawn from
 
@@ -52,7 +53,8 @@ def moments(model: nn.Module, inputs: Tensor, task: Task, labels: int = 4, seed:
     layers: dict[str, nn.Module] = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
-    batches = list(enumerate(inputs.split(BATCH)))  # type: ignore[no-untyped-call]
+    size = max(1, min(BATCH, LARGEST // max(1, inputs[0].numel())))
+    batches = list(enumerate(inputs.split(size)))  # type: ignore[no-untyped-call]
     training = model.training
     model.eval()
     sums: dict[str, list[Tensor]] = {}
@@ -123,13 +125,15 @@ def _batch_sums(
     for turn in range(labels):
         loss = _sampled_loss(logits, task, generator)
         found = torch.autograd.grad(loss, asked, retain_graph=turn + 1 < labels, allow_unused=True)
-        gradients.append([torch.zeros_like(o) if g is None else g for g, o in zip(found, asked)])
+        full = [torch.zeros_like(o) if g is None else g for g, o in zip(found, asked)]
+        watched = [_summed(layer, g) for (_, layer, *_), g in zip(calls, full)]  # at once: the whole takes gigabytes
+        gradients.append([*watched, *(g.flatten(1) for g in full[len(calls) :])])
     sums: dict[str, list[Tensor]] = {}
     for k, (name, layer, given, _) in enumerate(calls):
-        reduced = torch.cat([_summed(layer, turn[k]) for turn in gradients]).double()
+        reduced = torch.cat([turn[k] for turn in gradients]).double()
         _add(sums, {f"{name}.weight".lstrip("."): [*input_moments(layer, given), reduced.T @ reduced / labels]})
     for k, name in enumerate(others, len(calls)):
-        d = torch.stack([turn[k].flatten(1) for turn in gradients]).double()
+        d = torch.stack([turn[k] for turn in gradients]).double()
         across, along = (d.transpose(1, 2) @ d).mean(0), (d @ d.transpose(1, 2)).mean(0)
         _add(sums, {name: [across[None], torch.empty(0), along]})
     return sums
