@@ -158,7 +158,7 @@ def surgery(name: str):
     """The given LeNet at the density of Dynamic Network Surgery, and its file."""
     density, accuracy = SURGERY[name]
     rate = {"lenet300": 0.1, "lenet5": 0.02}[name]
-    epochs, rounds, bits = {"lenet300": (12, 18, 3), "lenet5": (4, 8, 4)}[name]
+    epochs, rounds, bits = {"lenet300": (12, 18, 3), "lenet5": (5, 12, 4)}[name]
     task = task_of(name, tn.Schedule(epochs=epochs, lr=rate, weight_decay=1e-4), shifted)
     began, reference = time.monotonic(), round(task.score(task.test), 4)
     pruning = Prune(density, rounds, epochs, final=3 * epochs)
