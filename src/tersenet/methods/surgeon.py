@@ -12,20 +12,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from tersenet import native
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.packed import Array, Packed, Sparse
 
 
-def removals(w: Array, inverse: Array, count: int) -> tuple[Array, Array]:
-    """The places that the surgeon removes from one row, in order, and what each costs; `inverse` is A^-1 [n, n].
+def inverse(moments: Array) -> Array:
+    """A^-1 [..., n, n], by torch, whose threads a caller can hold to one so that no sum depends on their number."""
+    found: Array = torch.linalg.inv(torch.from_numpy(np.ascontiguousarray(moments))).numpy()
+    return found
+
+
+def solved(moment: Array, right: Array) -> Array:
+    """A^-1 b for A [n, n] and b [n, any], by torch as well."""
+    found: Array = torch.linalg.solve(
+        *(torch.from_numpy(np.ascontiguousarray(part)) for part in (moment, right))
+    ).numpy()
+    return found
+
+
+def removals(w: Array, inverted: Array, count: int) -> tuple[Array, Array]:
+    """The places that the surgeon removes from one row, in order, and what each costs; `inverted` is A^-1 [n, n].
 
     Costs are in the layer's output error and add up. Among equals the earlier place goes first.
     """
     n = len(w)
     order, costs = np.zeros(count, np.int32), np.zeros(count)
-    rest, left = np.array(w, np.float64), np.array(inverse, np.float64)
+    rest, left = np.array(w, np.float64), np.array(inverted, np.float64)
     done = native.call("surgeon", rest, left, n, count, order, costs)
     if done is not None:
         if done != count:
@@ -48,14 +63,14 @@ def refitted(w: Array, mask: Array, moment: Array) -> Array:
     found = np.zeros(w.shape)
     for i, kept in enumerate(mask):
         if kept.any():
-            right = moment[kept] @ w[i]
-            found[i, kept] = np.linalg.solve(moment[np.ix_(kept, kept)], right)
+            right = (torch.from_numpy(moment[kept]) @ torch.from_numpy(w[i])[:, None]).numpy()
+            found[i, kept] = solved(moment[np.ix_(kept, kept)], right)[:, 0]
     return found
 
 
 def swept(w: Array, moment: Array, density: float, block: int = 128) -> tuple[Array, Array]:
     """Rows [m, n] at a density and their mask, by one sweep over the columns."""
-    upper = np.linalg.cholesky(np.linalg.inv(moment)).T  # A^-1 = U^T U
+    upper = torch.linalg.cholesky(torch.from_numpy(inverse(moment)), upper=True).numpy()  # A^-1 = U^T U
     rest, mask = np.array(w, np.float64), np.zeros(w.shape, bool)
     kept, seen = 0, 0
     for begin in range(0, w.shape[1], block):

@@ -23,7 +23,7 @@ from tersenet.allocators.amc import AMC, Problem, RandomSearch
 from tersenet.artifact import Coding
 from tersenet.calibrate import Moments, moments
 from tersenet.methods.sparse import kept_count, largest
-from tersenet.methods.surgeon import damped
+from tersenet.methods.surgeon import damped, solved
 from tersenet.packed import Array, Sliced, Sparse, Tree, narrowed
 from tersenet.recipe import Draft, artifact_of, cache_folder, dense_array
 from tersenet.stages.coupling import Coupling
@@ -112,7 +112,10 @@ class Plan:
 
     def pruned(self, ratios: Sequence[float], damping: float = 1e-3) -> Draft:
         """The draft without the channels that go, the layers that read them fitted again."""
-        gone = self.gone(ratios)
+        with one_thread():
+            return self._pruned(self.gone(ratios), damping)
+
+    def _pruned(self, gone: set[int], damping: float) -> Draft:
         names = list(dict.fromkeys(name for name, _ in self.coupling.axes))
         dense = {name: dense_array(self.draft.tensors[name]) for name in names}
         for name in names:
@@ -137,8 +140,9 @@ class Plan:
         flat = w.reshape(len(w), -1).astype(np.float64)
         inner = damped(a[np.ix_(columns, columns)][None], damping)[0]
         found = np.zeros_like(flat)
-        right = flat @ a[:, columns] + flat[:, columns] * (inner - a[np.ix_(columns, columns)]).diagonal()
-        found[:, columns] = np.linalg.solve(inner, right.T).T
+        product = (torch.from_numpy(flat) @ torch.from_numpy(a[:, columns])).numpy()
+        right = product + flat[:, columns] * (inner - a[np.ix_(columns, columns)]).diagonal()
+        found[:, columns] = solved(inner, right.T).T
         return found.reshape(w.shape).astype(np.float32), (flat - found) @ mean if own else None
 
 

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+import torch
 
 from tersenet.calibrate import Moments, moments
 from tersenet.methods.sparse import kept_count, largest
-from tersenet.methods.surgeon import damped, refitted, removals, swept
+from tersenet.methods.surgeon import damped, inverse, refitted, removals, swept
 from tersenet.packed import Array, Sparse, Tree
 from tersenet.recipe import Draft, artifact_of, dense_array
 from tersenet.stages.prune import masked
@@ -50,7 +51,7 @@ class Layer:
         found = np.zeros_like(self.inputs)
         for at in range(0, self.inputs.shape[1], block):
             part = (slice(None), slice(at, at + block), slice(at, at + block))
-            found[part] = np.linalg.inv(self.inputs[part])
+            found[part] = inverse(self.inputs[part])
         return found
 
 
@@ -126,7 +127,7 @@ class OBS:
         saliency = {}
         for layer in layers:
             inputs = np.diagonal(layer.inverses(self.block), axis1=1, axis2=2)
-            outputs = np.diagonal(np.linalg.inv(layer.outputs), axis1=1, axis2=2)
+            outputs = np.diagonal(inverse(layer.outputs), axis1=1, axis2=2)
             cost = np.square(layer.weight) / (2 * outputs[:, :, None] * inputs[:, None])
             saliency[layer.name] = cost.reshape(draft.tensors[layer.name].tree.shape)
         return masked(draft, saliency, dict.fromkeys(saliency, self.density), set())
@@ -137,8 +138,8 @@ class OBS:
         def taken(row: tuple[Layer, int, int]) -> tuple[Array, Array]:
             layer, g, r = row
             there = np.flatnonzero(layer.mask[g, r])
-            inverse = np.linalg.inv(layer.inputs[g][np.ix_(there, there)])
-            order, cost = removals(layer.weight[g, r][there], inverse, len(there))
+            inverted = inverse(layer.inputs[g][np.ix_(there, there)])
+            order, cost = removals(layer.weight[g, r][there], inverted, len(there))
             place = np.ravel_multi_index((g, r, there[order]), layer.weight.shape)
             return np.maximum.accumulate(cost) * layer.outputs[g, r, r], place
 
@@ -172,11 +173,13 @@ class OBS:
             if self.update == "best":
                 found = np.stack([refitted(w, m, a) for w, m, a in zip(layer.weight, mask, layer.inputs, strict=True)])
             elif self.update == "sum":
-                inputs, outputs = layer.inverses(self.block), np.linalg.inv(layer.outputs)
+                inputs, outputs = layer.inverses(self.block), inverse(layer.outputs)
                 own = (
                     np.diagonal(outputs, axis1=1, axis2=2)[:, :, None] * np.diagonal(inputs, axis1=1, axis2=2)[:, None]
                 )
-                found = layer.weight - outputs @ np.where(mask, 0, layer.weight / own) @ inputs
+                moved = np.where(mask, 0, layer.weight / own)
+                left, middle, right = (torch.from_numpy(part) for part in (outputs, moved, inputs))
+                found = layer.weight - (left @ middle @ right).numpy()
             else:
                 found = layer.weight
             trees[layer.name] = np.where(mask, found, 0)
