@@ -6,6 +6,7 @@ from the same lines for NumPy and for torch, so gradients reach each float leaf.
 training, and torch is never imported: its functions are found through the tensors that a tree holds.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -254,9 +255,12 @@ def dct(n: int) -> Array:
     return matrix
 
 
+@functools.cache
 def kernel_dct(height: int, width: int) -> Array:
     """The two-dimensional DCT-II matrix [height * width] squared: coefficients = matrix @ kernel, both in C order."""
-    return np.kron(dct(height), dct(width))
+    matrix = np.kron(dct(height), dct(width))
+    matrix.flags.writeable = False
+    return matrix
 
 
 def unpack(tree: Tree) -> Array:

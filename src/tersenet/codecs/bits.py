@@ -15,6 +15,9 @@ from tersenet import native
 from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, shaped, unzigzag, zigzag
 
 
+SHORT = 512  # bits
+
+
 def pack(values: Ints, width: int) -> bytes:
     """Unsigned integers in `width` (0..64) bits each.
 
@@ -33,6 +36,13 @@ def unpack(data: bytes, count: int, width: int) -> Ints:
     """`count` integers of `width` bits as uint64; raises `FormatError` unless the data is exactly that long."""
     if len(data) != (count * width + 7) // 8:
         raise FormatError("a packed stream has the wrong length")
+    if count * width <= SHORT:  # a call of the C core takes longer than this
+        whole, mask = int.from_bytes(data, "little"), (1 << width) - 1
+        if whole >> count * width:
+            raise FormatError("a packed stream has bits set after its end")
+        return np.array([whole >> at & mask for at in range(0, count * width, width or 1)] or [0] * count, np.uint64)
+    if width == 8:
+        return np.frombuffer(data, np.uint8).astype(np.uint64)
     raw, out = np.frombuffer(data, np.uint8), np.empty(count, np.uint64)
     done = native.call("bits_decode", raw, raw.size, count, np.int32(width), out)
     if done is None:

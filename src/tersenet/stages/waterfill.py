@@ -153,7 +153,7 @@ def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: s
     flat = w.reshape(groups, shape[0] // groups, -1)
     n = flat.shape[2]
     transformed = spatial(shape)
-    t = torch.from_numpy(kernel_dct(*shape[2:])) if transformed else torch.eye(1, dtype=torch.double)
+    t = torch.from_numpy(kernel_dct(*shape[2:]).copy()) if transformed else torch.eye(1, dtype=torch.double)
     k = len(t)
     flat = (flat.reshape(-1, k) @ t.T).reshape(flat.shape)
     if known is None:
