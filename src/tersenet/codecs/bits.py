@@ -14,7 +14,6 @@ import numpy as np
 from tersenet import native
 from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, shaped, unzigzag, zigzag
 
-
 SHORT = 512  # bits
 
 
