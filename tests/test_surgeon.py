@@ -122,6 +122,15 @@ def test_mlprune_runs_in_rounds_and_resumes(task, tmp_path):
     assert resumed.rows[2]["density"] == pytest.approx(0.2, abs=1e-3)
 
 
+@pytest.mark.parametrize("paper", [tn.papers.exact_obs, tn.papers.sparsegpt], ids=lambda p: p.__name__)
+def test_surgery_makes_the_same_file_at_any_number_of_threads(task, paper, tmp_path):
+    files = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        files.append(tn.compress(task, paper(0.4, samples=256), folder=tmp_path / str(threads)).artifact.to_bytes())
+    assert files[0] == files[1]
+
+
 def test_trained_levels_keep_their_zeros_and_steps_and_lower_the_distance_to_the_teacher(task):
     own = replace(task, model=copy.deepcopy(task.model), teacher=copy.deepcopy(task.model).eval())
     draft = Waterfill(0.03, samples=256)(Draft.of_model(own.model), own)
