@@ -97,8 +97,8 @@ def curves(parts: dict[str, list[dict]]) -> Iterator[str]:
         "Accuracy by density and form of retraining (LeNets trained from scratch, means over seeds; the given",
         "ResNet-20, one seed and few epochs):",
     )
-    yield "| network | method | seeds, epochs a round | density : accuracy |"
-    yield "|---|---|---|---|"
+    yield "| network | method | seeds, epochs a round | density : accuracy | sparsest not below float |"
+    yield "|---|---|---|---|---|"
     for part in ("lenet300-curves", "lenet5-curves", "resnet20-curves"):
         rows = parts.get(part, [])
         for method in dict.fromkeys(r["method"] for r in rows):
@@ -107,7 +107,10 @@ def curves(parts: dict[str, list[dict]]) -> Iterator[str]:
             shown = own[::-1][::every][::-1]
             points = ", ".join(f"{100 * r['density']:.1f} % : {100 * r['accuracy']:.2f} %" for r in shown)
             head = f"| {own[0]['network']} (float {100 * own[0]['reference']:.2f} %) | {method} "
-            yield head + f"| {len(own[0].get('accuracies', [0]))}, {own[0]['epochs_a_round']} | {points} |"
+            free = min((r["density"] for r in own if r["accuracy"] >= r["reference"]), default=None)
+            seeds = len(own[0].get("accuracies", [0]))
+            least = "none" if free is None else f"{100 * free:.1f} %"
+            yield head + f"| {seeds}, {own[0]['epochs_a_round']} | {points} | {least} |"
 
 
 def second_order(parts: dict[str, list[dict]]) -> Iterator[str]:
