@@ -186,10 +186,12 @@ def resnet_file(size: int = 51_700, epochs: int = 14, rate: float = 5e-4):
     began, reference = time.monotonic(), round(task.score(task.test), 4)
     draft = to_size(gather(Draft.of_model(task.model), few), size, few)
     rows = []
-    for label, stage in (("without retraining", None), (f"levels trained for {epochs} epochs", epochs)):
+    for label, stage in (
+        ("without retraining", None),
+        (f"levels trained for {epochs} epochs towards the float network's outputs", epochs),
+    ):
         if stage is not None:
             draft = TrainLevels(epochs, rate)(draft, replace(task, teacher=teacher.eval()))
-        artifact_of(draft).save(ROOT / "bench" / f"resnet20-{len(rows)}.terse")
         bytes_, score = scored(draft, task)
         levels = [tree.coefficients.q if hasattr(tree, "coefficients") else tree.q for tree in trees_of(draft)]
         density = sum(np.count_nonzero(q) for q in levels) / sum(q.size for q in levels)

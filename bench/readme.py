@@ -78,16 +78,17 @@ def pruning() -> Iterator[str]:
     parts = {part: [r for r in rows if r["part"] == part] for part in dict.fromkeys(r["part"] for r in rows)}
     yield paragraph(
         "**Pruning with retraining** (`bench/pruning.py`): files of the given networks, retrained with shifts (MNIST)",
-        "or crops and flips (CIFAR-10), one seed. ResNet-20 was quantized first; its levels were then trained towards",
-        "the float network's outputs, zeros staying zero.",
+        "or crops and flips (CIFAR-10), one seed. ResNet-20 was quantized first; its levels were then trained, zeros",
+        "staying zero; its density is that of the levels.",
     )
     yield "| network | how | density | bytes | accuracy (float) |"
     yield "|---|---|---|---|---|"
     for part in ("lenet300-file", "lenet5-file", "resnet20-file"):
         for r in parts.get(part, []):
             density = r.get("density", r.get("density_of_levels"))
+            shown = "" if density is None else f"{100 * density:.1f} %"
             reached = f"{100 * r['accuracy']:.2f} % ({100 * r['reference']:.2f} %)"
-            yield f"| {r['network']} | {r['method']} | {100 * density:.1f} % | {r['bytes']:,} | {reached} |"
+            yield f"| {r['network']} | {r['method']} | {shown} | {r['bytes']:,} | {reached} |"
     yield from curves(parts)
     yield from second_order(parts)
 
