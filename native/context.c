@@ -201,13 +201,6 @@ static int64_t begin_lane(lane *v, coder c, estimates *s, const terse_model *m, 
     return 0;
 }
 
-/* What the letter leaves open of the magnitude. */
-static __attribute__((noinline)) int64_t code_rest(coder *c, const estimates *s, int64_t letter, uint32_t size, const int32_t decode) {
-    uint32_t rest = size - FLOOR[letter];
-    rest = letter == LETTERS - 1 ? code_tail(c, rest, decode) : code_bits(c, rest, s->letter[letter].open, decode);
-    return FLOOR[letter] + (int64_t)rest;
-}
-
 /* One value on its way through the three parts of a step. */
 typedef struct {
     alphabet *far, *near;
@@ -277,9 +270,15 @@ INLINE void learn_value(lane *v, const coding *o, const int32_t decode) {
     above->sign = (int32_t)v->left;
     v->left *= 3;
     if (__builtin_expect(seen >= EXACT, 0)) {
-        coder lent = v->c; /* a copy whose address is taken, so that v->c need not live in memory */
-        found = code_rest(&lent, v->s, seen, o->size, decode);
-        v->c = lent;
+        uint32_t rest = o->size - FLOOR[seen];
+        if (seen == LETTERS - 1) {
+            coder lent = v->c; /* a copy whose address is taken, so that v->c need not live in memory */
+            rest = code_tail(&lent, rest, decode);
+            v->c = lent;
+        } else {
+            rest = code_bits(&v->c, rest, facts->open, decode);
+        }
+        found = FLOOR[seen] + (int64_t)rest;
         seen = found < PEAK ? found : PEAK;
     }
     if (decode) v->line[v->j] = (int32_t)((found ^ minus) - minus);
