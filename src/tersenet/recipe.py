@@ -6,6 +6,7 @@ of all that led to it, and running again goes on from there.
 
 import copy
 import hashlib
+import itertools
 import os
 import re
 import time
@@ -126,10 +127,17 @@ class Draft:
         return replace(self, tensors={n: renewed.get(id(t), t) for n, t in self.tensors.items()})
 
     def module(self) -> nn.Module:
-        """The module with the draft's weights in it."""
+        """A copy of the module with the draft's weights in it."""
         if self.model is None:
             raise ValueError("this stage runs the network, but only arrays were given: use Task(model, ...)")
-        return artifact_of(self).into(self.model)  # type: ignore[no-any-return]
+        return artifact_of(self).into(copy.deepcopy(self.model))  # type: ignore[no-any-return]
+
+    def bias(self, weight: str) -> str | None:
+        """The name of the bias that is added to a weight's output, where it has one that may change."""
+        name = weight.removesuffix("weight") + "bias"
+        held = self.tensors.get(name)
+        fits = held is not None and name in self.trainable and held.tree.shape == self.tensors[weight].tree.shape[:1]
+        return name if fits else None
 
 
 def artifact_of(draft: Draft, coding: Coding | None = None, original: Mapping[str, Tensor] | None = None) -> Artifact:
@@ -197,7 +205,7 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
     mark = hashlib.sha256(f"{FORMAT}{task.digest() if task else ''}".encode())
     if task is None:
         mark.update(artifact_of(draft).to_bytes())
-    for stage in [part for stage in recipe for part in getattr(stage, "parts", lambda stage=stage: (stage,))()]:
+    for stage in itertools.chain.from_iterable(map(_parts, recipe)):
         mark.update(repr(stage).encode())
         kept = None if folder is None else folder / f"{mark.hexdigest()[:24]}.terse"
         begun = time.monotonic()
@@ -210,10 +218,13 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
         row = {"stage": str(stage), **_measured(draft, task), "seconds": round(time.monotonic() - begun, 1)}
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            artifact = artifact_of(draft, Coding(("bits",)))
-            Artifact(artifact.tensors, artifact.coding, row).save(kept)
+            Artifact(artifact_of(draft).tensors, Coding(("bits",)), row).save(kept)
         log(row)
     return draft
+
+
+def _parts(stage: Stage) -> Sequence[Stage]:
+    return stage.parts() if hasattr(stage, "parts") else (stage,)
 
 
 def _measured(draft: Draft, task: Task | None) -> Row:
@@ -223,8 +234,7 @@ def _measured(draft: Draft, task: Task | None) -> Row:
     if dense:
         found["density"] = round(float(sum(map(np.count_nonzero, dense)) / sum(w.size for w in dense)), 5)
     if task is not None and draft.model is not None and (task.train is not None or task.valid is not None):
-        model = artifact_of(draft).into(copy.deepcopy(draft.model))
-        found["metric"] = round(task.score(task.held(), model), 5)
+        found["metric"] = round(task.score(task.held(), draft.module()), 5)
     return found
 
 

@@ -76,13 +76,14 @@ class RandomSearch:
     def allocate(self, problem: Problem, folder: Path | None = None) -> list[float]:
         """The parts with the best score; raises ValueError where even the least parts cost too much."""
         problem.check(self.least)
-        generator, kept = np.random.default_rng(self.seed), Scores(problem, folder)
+        generator, score = np.random.default_rng(self.seed), Scores(problem, folder)
+        tried: list[tuple[float, list[float]]] = []
         for _ in progress(range(self.episodes), "random search", self.episodes):
             ratios: list[float] = []
             for _ in problem.sizes:
                 ratios.append(walled(float(generator.uniform(self.least, 1)), ratios, problem, self.least))
-            kept(ratios)
-        return kept.best()
+            tried.append((score(ratios), ratios))
+        return max(tried, key=lambda pair: pair[0])[1]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class AMC:
     def allocate(self, problem: Problem, folder: Path | None = None) -> list[float]:
         """The parts with the best reward; raises ValueError where even the least parts cost too much."""
         problem.check(self.least)
-        generator, kept = np.random.default_rng(self.seed), Scores(problem, folder)
+        generator, score = np.random.default_rng(self.seed), Scores(problem, folder)
+        tried: list[tuple[float, list[float]]] = []
         with one_thread():
             agent = Agent(len(problem.features[0]) + 3, len(problem.sizes), self.seed)
             for episode in progress(range(self.episodes), "AMC", self.episodes):
@@ -114,12 +116,12 @@ class AMC:
                     states.append(_state(problem, ratios))
                     action = agent.action(states[-1], spread, self.least, generator)
                     ratios.append(walled(action, ratios, problem, self.least))
-                reward = kept(ratios)
+                reward = score(ratios)
                 if self.guarantee:
                     reward = -(1 - reward) * math.log(max(problem.cost(ratios), 2.0))
-                    kept.asked[-1] = (reward, ratios)
+                tried.append((reward, ratios))
                 agent.learn(states, ratios, reward, train=spread is not None)
-        return kept.best()
+        return max(tried, key=lambda pair: pair[0])[1]
 
 
 def _state(problem: Problem, ratios: Sequence[float]) -> Tensor:
@@ -135,7 +137,6 @@ class Scores:
 
     def __init__(self, problem: Problem, folder: Path | None) -> None:
         self.score, self.found = problem.score, dict[tuple[float, ...], float]()
-        self.asked = list[tuple[float, list[float]]]()
         self.file = None if folder is None else folder / "scores.jsonl"
         if self.file is not None and self.file.exists():
             for line in self.file.read_text().splitlines():
@@ -153,11 +154,7 @@ class Scores:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.open("a") as opened:
                     opened.write(json.dumps([list(key), self.found[key]]) + "\n")
-        self.asked.append((self.found[key], list(ratios)))
         return self.found[key]
-
-    def best(self) -> list[float]:
-        return max(self.asked, key=lambda pair: pair[0])[1]
 
 
 class Agent:

@@ -9,7 +9,6 @@ A pruned weight is stored as what stays with the places it stays in (`Sliced`), 
 architecture, with zeros; norms and biases of channels that are gone are zeros too.
 """
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,33 +39,32 @@ class Plan:
     draft: Draft
     coupling: Coupling
     spaces: list[tuple[int, ...]]
-    worth: list[Array]  # for each space, the worth of each of its channels
+    worth: dict[int, float]  # of each channel, by root
     found: dict[str, Moments]
 
     @staticmethod
     def of(draft: Draft, task: Task, samples: int, seed: int = 0) -> "Plan":
         """Trace the network on training inputs and gather its moments."""
-        if draft.model is None:
-            raise ValueError("channels are found by running the network, but only arrays were given: use a Task")
-        model = artifact_of(draft).into(copy.deepcopy(draft.model))
-        x = task.calibration(samples)
+        model, x = draft.module(), task.calibration(samples)
         with one_thread():
             coupling = Coupling.of(model, x[:2])
             found = moments(model, x, task, labels=1, seed=seed)
         spaces = coupling.spaces()
         if not spaces:
             raise ValueError("no channel of this network can be taken out: all are fixed by what reads them")
-        worth = [_worth(draft, coupling, roots) for roots in spaces]
-        return Plan(draft, coupling, spaces, worth, found)
+        return Plan(draft, coupling, spaces, _worth(draft, coupling), found)
 
     def gone(self, ratios: Sequence[float]) -> set[int]:
         """The channels that go when each space keeps a part of its channels, at least one."""
         return {
             root
-            for roots, worth, ratio in zip(self.spaces, self.worth, ratios, strict=True)
-            for root, stays in zip(roots, largest(worth, kept_count(ratio, len(roots))), strict=True)
+            for roots, ratio in zip(self.spaces, ratios, strict=True)
+            for root, stays in zip(roots, largest(self._worths(roots), kept_count(ratio, len(roots))), strict=True)
             if not stays
         }
+
+    def _worths(self, roots: tuple[int, ...]) -> Array:
+        return np.array([self.worth[root] for root in roots])
 
     def macs(self, ratios: Sequence[float] | None = None) -> int:
         """Multiplications and additions for one sample, of the whole network or at these ratios."""
@@ -116,53 +114,46 @@ class Plan:
             return self._pruned(self.gone(ratios), damping)
 
     def _pruned(self, gone: set[int], damping: float) -> Draft:
-        names = list(dict.fromkeys(name for name, _ in self.coupling.axes))
-        dense = {name: dense_array(self.draft.tensors[name]) for name in names}
-        for name in names:
-            kept = self.coupling.kept((name, 1), gone) if (name, 1) in self.coupling.axes else np.ones(1, bool)
-            if not kept.all() and name in self.found:
-                dense[name], lost = self._fitted(name, dense[name], kept, damping)
-                bias = name.removesuffix("weight") + "bias"
-                if lost is not None and bias in dense:
+        kept: dict[str, dict[int, Array]] = {}
+        for name, axis in self.coupling.axes:
+            kept.setdefault(name, {})[axis] = self.coupling.kept((name, axis), gone)
+        dense = {name: dense_array(self.draft.tensors[name]) for name in kept}
+        for name, along in kept.items():
+            if 1 in along and not along[1].all() and name in self.found:
+                bias = self.draft.bias(name)
+                dense[name], lost = self._fitted(name, along[1], damping, bias in dense)
+                if bias in dense:
                     dense[bias] = (dense[bias] + lost).astype(np.float32)
-        axes = {name: [(name, axis) for axis in range(2) if (name, axis) in self.coupling.axes] for name in names}
-        kepts = {name: {axis: self.coupling.kept((name, axis), gone) for _, axis in axes[name]} for name in names}
-        return self.draft.with_trees({name: _sliced(dense[name], kepts[name]) for name in names})
+        return self.draft.with_trees({name: _sliced(dense[name], along) for name, along in kept.items()})
 
-    def _fitted(self, name: str, w: Array, kept: Array, damping: float) -> tuple[Array, Array | None]:
-        """Weights that read only the kept channels, and what the bias takes up of the mean, where there is one."""
-        known = self.found[name]
+    def _fitted(self, name: str, kept: Array, damping: float, biased: bool) -> tuple[Array, Array]:
+        """Weights that read only the kept channels, and the mean that their output lost, for a bias to take up."""
+        w, known = dense_array(self.draft.tensors[name]), self.found[name]
         a, mean = known.inputs.numpy()[0], known.means.numpy()[0]
-        own = f"{name.removesuffix('weight')}bias" in self.draft.tensors
-        if own:
+        if biased:
             a = a - np.outer(mean, mean)
         columns = np.repeat(kept, len(a) // len(kept))
         flat = w.reshape(len(w), -1).astype(np.float64)
-        inner = damped(a[np.ix_(columns, columns)][None], damping)[0]
+        within = a[np.ix_(columns, columns)]
+        inner = damped(within[None], damping)[0]
         found = np.zeros_like(flat)
         product = (torch.from_numpy(flat) @ torch.from_numpy(a[:, columns])).numpy()
-        right = product + flat[:, columns] * (inner - a[np.ix_(columns, columns)]).diagonal()
+        right = product + flat[:, columns] * (inner - within).diagonal()
         found[:, columns] = solved(inner, right.T).T
-        return found.reshape(w.shape).astype(np.float32), (flat - found) @ mean if own else None
+        return found.reshape(w.shape).astype(np.float32), (flat - found) @ mean
 
 
-def _worth(draft: Draft, coupling: Coupling, roots: tuple[int, ...]) -> Array:
-    """L1 norm of the weights that read each channel, or of those that make it where none read it."""
-    at = {root: i for i, root in enumerate(roots)}
-    for axis in (1, 0):
-        worth, seen = np.zeros(len(roots)), False
-        for (name, along), labels in coupling.axes.items():
-            w = dense_array(draft.tensors[name])
-            if along != axis or w.ndim < 2:
-                continue
+def _worth(draft: Draft, coupling: Coupling) -> dict[int, float]:
+    """L1 norm of the weights that read each channel, or of those that make it where none read it, by root."""
+    made, read = dict[int, float](), dict[int, float]()
+    for (name, axis), labels in coupling.axes.items():
+        w, worth = dense_array(draft.tensors[name]), read if axis == 1 else made
+        if w.ndim > 1:
             sums = np.abs(w).sum(axis=tuple(d for d in range(w.ndim) if d != axis), dtype=np.float64)
-            for label, total in zip(labels, sums, strict=True):
-                if (root := coupling.root(label)) in at:
-                    worth[at[root]] += total
-                    seen = True
-        if seen:
-            break
-    return worth
+            for label, total in zip(labels, sums.tolist(), strict=True):
+                root = coupling.root(label)
+                worth[root] = worth.get(root, 0.0) + total
+    return made | read
 
 
 def _sliced(w: Array, kept: Mapping[int, Array]) -> Tree:
@@ -216,17 +207,16 @@ class SearchChannels:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         if task is None:
             raise ValueError("channels are found by running the network: give a Task with training data")
-        plan = Plan.of(draft, task, self.samples, self.search.seed)
-        x, y = task.held() if isinstance(task.held(), tuple) else next(iter(task.held()))
-        model, part = copy.deepcopy(draft.model), (x[: self.scored], y[: self.scored])
+        plan, held, model = Plan.of(draft, task, self.samples, self.search.seed), task.held(), draft.module()
+        x, y = held if isinstance(held, tuple) else next(iter(held))
+        part = x[: self.scored], y[: self.scored]
 
         def score(pruned: Draft) -> float:
             return task.score(part, artifact_of(pruned).into(model))
 
         mark = hashlib.sha256(f"{task.digest()}{self}".encode() + artifact_of(draft, BITS).to_bytes())
-        return plan.pruned(
-            self.search.allocate(plan.problem(self.macs, score), cache_folder() / f"amc-{mark.hexdigest()[:24]}")
-        )
+        folder = cache_folder() / f"amc-{mark.hexdigest()[:24]}"
+        return plan.pruned(self.search.allocate(plan.problem(self.macs, score), folder))
 
 
 @dataclass(frozen=True)
@@ -234,10 +224,9 @@ class DropDead:
     """After unstructured pruning, empty the channels that nothing reads or that are always 0, until none is left."""
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        if task is None or draft.model is None:
+        if task is None:
             raise ValueError("channels are found by running the network: give a Task with training data")
-        model = artifact_of(draft).into(copy.deepcopy(draft.model))
-        coupling = Coupling.of(model, task.calibration(2))
+        coupling = Coupling.of(draft.module(), task.calibration(2))
         frozen = {coupling.root(label) for label in coupling.frozen}
         dense = {name: dense_array(draft.tensors[name]).copy() for name, _ in coupling.axes}
         while True:
@@ -270,7 +259,7 @@ def small(draft: Draft) -> nn.Module:
 
     The module's own code must not fix the numbers of channels that were taken out; tracing has made sure of that.
     """
-    model: nn.Module = artifact_of(draft).into(copy.deepcopy(draft.model))
+    model = draft.module()
     for name, layer in model.named_modules():
         tensor = draft.tensors.get(f"{name}.weight".lstrip("."))
         if tensor is None or not isinstance(tensor.tree, Sliced):

@@ -8,6 +8,7 @@ forward, and takes the gradient straight through (Bengio, Leonard, Courville 201
 chose, and levels that are zero stay zero, so that the file does not grow.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -132,17 +133,20 @@ class _Levels(_Network):
             self.leaves.append(weight)
             kept = (node.q != 0).float() if weight.dim() > 1 else torch.ones(weight.shape)
             return _Straight(weight, kept, node)
-        parts = {name: getattr(tree, name) for name in parts_of(type(tree))}
-        return type(tree)(**{n: self._tree(p, True) if isinstance(p, Packed) else p for n, p in parts.items()})
+        return _rebuilt(tree, lambda part: self._tree(part, True))
 
     def _arrays(self, tree: Tree) -> Tree:
         if isinstance(tree, _Straight):
             q = tree.levels().detach().round().to(torch.int32).numpy()
             return replace(super()._arrays(tree.node), q=narrowed(q))
-        if not isinstance(tree, Packed) or not any(isinstance(getattr(tree, n), Packed) for n in parts_of(type(tree))):
-            return super()._arrays(tree)
-        parts = {name: getattr(tree, name) for name in parts_of(type(tree))}
-        return type(tree)(**{n: self._arrays(p) if isinstance(p, Packed) else p for n, p in parts.items()})
+        return _rebuilt(tree, self._arrays) if isinstance(tree, Packed) else super()._arrays(tree)
+
+
+def _rebuilt(tree: Packed, change: Callable[[Tree], Tree]) -> Packed:
+    """The node with `change` in place of everything directly under it."""
+    parts = {name: getattr(tree, name) for name in parts_of(type(tree))}
+    changed = {n: tuple(map(change, p)) if isinstance(p, tuple) else change(p) for n, p in parts.items()}
+    return type(tree)(**changed)
 
 
 def _held(path: str, array: object) -> Array:

@@ -14,10 +14,10 @@ Where a layer has a bias, A is the covariance of its inputs and the bias takes u
 counting the bias as an input of 1 does. Where a layer is wider than `block`, A^-1 is that of A's diagonal blocks.
 """
 
-import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -27,7 +27,7 @@ from tersenet.calibrate import Moments, moments
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.methods.surgeon import damped, inverse, refitted, removals, swept
 from tersenet.packed import Array, Sparse, Tree
-from tersenet.recipe import Draft, artifact_of, dense_array
+from tersenet.recipe import Draft, dense_array
 from tersenet.stages.prune import masked
 from tersenet.task import Task, one_thread, progress
 
@@ -45,14 +45,22 @@ class Layer:
     inputs: Array  # A [groups, n, n], damped
     outputs: Array  # G [groups, rows, rows], damped
     means: Array  # [groups, n] of the inputs where a bias takes up the mean, else 0
+    block: int = 2048
 
-    def inverses(self, block: int) -> Array:
-        """A^-1 [groups, n, n], of diagonal blocks where A is wider than `block`."""
+    @cached_property
+    def inverses(self) -> tuple[Array, Array]:
+        """A^-1, of diagonal blocks where A is wider than `block`, and G^-1."""
         found = np.zeros_like(self.inputs)
-        for at in range(0, self.inputs.shape[1], block):
-            part = (slice(None), slice(at, at + block), slice(at, at + block))
+        for at in range(0, self.inputs.shape[1], self.block):
+            part = (slice(None), slice(at, at + self.block), slice(at, at + self.block))
             found[part] = inverse(self.inputs[part])
-        return found
+        return found, inverse(self.outputs)
+
+    @property
+    def stiffness(self) -> Array:
+        """[A^-1]_jj [G^-1]_ii for each weight, [groups, rows, n]."""
+        inputs, outputs = (np.diagonal(one, axis1=1, axis2=2) for one in self.inverses)
+        return outputs[:, :, None] * inputs[:, None]
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,7 @@ class OBS:
             return self._updated(chosen, layers)
 
     def _layers(self, draft: Draft, task: Task) -> list[Layer]:
-        model = artifact_of(draft).into(copy.deepcopy(draft.model))
-        found = moments(model, task.calibration(self.samples), task, seed=self.seed)
+        found = moments(draft.module(), task.calibration(self.samples), task, seed=self.seed)
         known = {id(draft.tensors[name]): m for name, m in found.items() if name in draft.tensors}
         return [
             self._layer(draft, name, known[id(draft.tensors[name])])
@@ -113,22 +120,16 @@ class OBS:
         mask = tree.mask if isinstance(tree, Sparse) else np.ones(w.shape, bool)
         covariance = a - means[:, :, None] * means[:, None]
         damping = (damped(covariance, self.damping), damped(g, self.rows))
-        return Layer(name, w.reshape(shape), mask.reshape(shape), *damping, means)
+        return Layer(name, w.reshape(shape), mask.reshape(shape), *damping, means, self.block)
 
     def _bias(self, draft: Draft, name: str) -> str | None:
-        bias = name.removesuffix("weight") + "bias"
-        held = draft.tensors.get(bias)
-        if held is None or bias not in draft.trainable or held.tree.shape != draft.tensors[name].tree.shape[:1]:
-            return None
         tied = sum(tensor is draft.tensors[name] for tensor in draft.tensors.values()) > 1
-        return None if tied else bias  # the moments of tied weights are those of all their layers
+        return None if tied else draft.bias(name)  # the moments of tied weights are those of all their layers
 
     def _ranked(self, draft: Draft, layers: list[Layer]) -> Draft:
         saliency = {}
         for layer in layers:
-            inputs = np.diagonal(layer.inverses(self.block), axis1=1, axis2=2)
-            outputs = np.diagonal(inverse(layer.outputs), axis1=1, axis2=2)
-            cost = np.square(layer.weight) / (2 * outputs[:, :, None] * inputs[:, None])
+            cost = np.square(layer.weight) / (2 * layer.stiffness)
             saliency[layer.name] = cost.reshape(draft.tensors[layer.name].tree.shape)
         return masked(draft, saliency, dict.fromkeys(saliency, self.density), set())
 
@@ -148,19 +149,15 @@ class OBS:
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = list(progress(pool.map(taken, rows), "removing weights", len(rows)))
-        costs, places = [cost for cost, _ in found], [place for _, place in found]
         total = sum(layer.weight.size for layer in layers)
-        kept = largest(np.concatenate(costs), kept_count(self.density, total))
+        kept = largest(np.concatenate([cost for cost, _ in found]), kept_count(self.density, total))
+        masks = {layer.name: layer.mask.copy().reshape(-1) for layer in layers}
+        for (layer, *_), (_, place) in zip(rows, found, strict=True):
+            masks[layer.name][place], kept = np.split(kept, [len(place)])
         trees: dict[str, Tree] = {}
-        at = 0
         for layer in layers:
-            mask = layer.mask.copy().reshape(-1)
-            for _ in range(int(layer.mask.any(2).sum())):
-                row = places.pop(0)
-                mask[row] = kept[at : at + len(row)]
-                at += len(row)
             shape = draft.tensors[layer.name].tree.shape
-            mask = mask.reshape(shape)
+            mask = masks[layer.name].reshape(shape)
             trees[layer.name] = Sparse(mask, layer.weight.reshape(shape)[mask].astype(np.float32))
         return draft.with_trees(trees)
 
@@ -173,13 +170,9 @@ class OBS:
             if self.update == "best":
                 found = np.stack([refitted(w, m, a) for w, m, a in zip(layer.weight, mask, layer.inputs, strict=True)])
             elif self.update == "sum":
-                inputs, outputs = layer.inverses(self.block), inverse(layer.outputs)
-                own = (
-                    np.diagonal(outputs, axis1=1, axis2=2)[:, :, None] * np.diagonal(inputs, axis1=1, axis2=2)[:, None]
-                )
-                moved = np.where(mask, 0, layer.weight / own)
-                left, middle, right = (torch.from_numpy(part) for part in (outputs, moved, inputs))
-                found = layer.weight - (left @ middle @ right).numpy()
+                moved = torch.from_numpy(np.where(mask, 0, layer.weight / layer.stiffness))
+                inputs, outputs = (torch.from_numpy(one) for one in layer.inverses)
+                found = layer.weight - (outputs @ moved @ inputs).numpy()
             else:
                 found = layer.weight
             trees[layer.name] = np.where(mask, found, 0)

@@ -18,7 +18,7 @@ from tersenet.methods.sparse import kept_count, largest
 from tersenet.packed import Array, Packed, Sparse, Tree
 from tersenet.recipe import Draft, dense_array
 from tersenet.stages.finetune import tune
-from tersenet.task import Schedule, Task
+from tersenet.task import Task
 
 RETRAIN = ("learning-rate", "finetune", "weights", "random", "none")
 
@@ -107,7 +107,7 @@ def retrained(draft: Draft, task: Task, kind: str, epochs: int, seed: int, label
     schedule = task.schedule
     if kind == "finetune":
         last = schedule.rate(schedule.epochs - 1)
-        schedule = Schedule(**{**vars(schedule), "lr": last, "drops": (), "epochs": epochs})
+        schedule = replace(schedule, lr=last, drops=(), epochs=epochs)
     if kind == "random":
         epochs, draft = schedule.epochs, reinitialized(draft, seed)
     begin = schedule.epochs - epochs
