@@ -15,9 +15,11 @@ from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Sparse, unpack
 from tersenet.promise import compress
 from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of, parse_size, run
+from tersenet.stages.channels import Channels, DropDead
 from tersenet.stages.finetune import Finetune, tune
+from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
-from tersenet.stages.prune import Prune
+from tersenet.stages.prune import Prune, Retrain
 
 
 class Net(nn.Module):
@@ -59,7 +61,15 @@ def arrays_of(draft):
 
 @pytest.mark.parametrize(
     "stage",
-    [Prune(1.0, rounds=2, retrain="none"), Finetune(epochs=0), Pack(only="nothing*")],
+    [
+        Prune(1.0, rounds=2, retrain="none"),
+        Finetune(epochs=0),
+        Retrain(epochs=0),
+        OBS(1.0),
+        Channels(1.0),
+        DropDead(),
+        Pack(only="nothing*"),
+    ],
     ids=lambda s: type(s).__name__,
 )
 def test_a_stage_at_zero_strength_changes_nothing(task, stage):

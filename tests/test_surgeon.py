@@ -73,6 +73,8 @@ def test_surgery_loses_less_than_magnitude_at_one_density():
     assert mask.sum() == w.size // 4 and not dense[~mask].any()
     tree = SparseGPT(0.25).pack(w.astype(np.float32), {"inputs": moment[None]})
     assert tree.mask.sum() == w.size // 4
+    with pytest.raises(ValueError, match="needs the moments of the layer's inputs"):
+        SparseGPT(0.25).pack(w.astype(np.float32))
 
 
 def test_with_moments_of_one_the_surgeon_is_magnitude_pruning(task):
@@ -134,6 +136,9 @@ def test_surgery_makes_the_same_file_at_any_number_of_threads(task, paper, tmp_p
 def test_trained_levels_keep_their_zeros_and_steps_and_lower_the_distance_to_the_teacher(task):
     own = replace(task, model=copy.deepcopy(task.model), teacher=copy.deepcopy(task.model).eval())
     draft = Waterfill(0.03, samples=256)(Draft.of_model(own.model), own)
+    assert artifact_of(TrainLevels(0)(draft, own)).to_bytes() == artifact_of(draft).to_bytes()
+    with pytest.raises(ValueError, match="no levels: quantize first"):
+        TrainLevels(1)(Draft.of_model(own.model), own)
     trained = TrainLevels(3, lr=0.002)(draft, own)
     moved = 0
     for name in draft.weights():

@@ -22,7 +22,6 @@ from pydantic import TypeAdapter, ValidationError
 from tersenet.methods import Chain, Method
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.sparse import Magnitude
-from tersenet.methods.surgeon import SparseGPT
 from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
@@ -51,7 +50,6 @@ METHODS: dict[str, type] = {
     "kmeans": KMeans,
     "uniform": Uniform,
     "kernel-dct": KernelDCT,
-    "sparsegpt": SparseGPT,
 }
 
 

@@ -88,15 +88,19 @@ def swept(w: Array, moment: Array, density: float, block: int = 128) -> tuple[Ar
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """One sweep with the moments of the layer's inputs, `stats["inputs"]` [groups, n, n], damped."""
+    """One sweep with the moments of the layer's inputs, `stats["inputs"]` [groups, n, n], damped.
+
+    Raises ValueError without them: it would be magnitude pruning. The stage `OBS(order="sweep")` brings them.
+    """
 
     density: float = 0.5
     damping: float = 0.01
     needs: tuple[str, ...] = ("inputs",)
 
     def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Packed:
-        w = np.asarray(w)
-        moments = damped(np.eye(w[0].size)[None] if stats is None else np.asarray(stats["inputs"]), self.damping)
+        if stats is None or "inputs" not in stats:
+            raise ValueError("SparseGPT needs the moments of the layer's inputs: use the stage OBS with order 'sweep'")
+        w, moments = np.asarray(w), damped(np.asarray(stats["inputs"]), self.damping)
         rows = np.asarray(w, np.float64).reshape(len(moments), -1, moments.shape[1])
         parts = [swept(part, moment, self.density) for part, moment in zip(rows, moments, strict=True)]
         dense, mask = (np.stack([part[k] for part in parts]).reshape(w.shape) for k in (0, 1))

@@ -180,5 +180,8 @@ class TrainLevels:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         if task is None:
             raise ValueError("TrainLevels trains the network: give a Task with training data")
+        network = _Levels(draft)
+        if not network.leaves:
+            raise ValueError("TrainLevels finds no levels: quantize first, with Waterfill or Pack(Uniform())")
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=self.lr, drops=(0.5,), weight_decay=0.0)
-        return _trained(_Levels(draft), task, schedule, range(self.epochs), self.seed, "training levels")
+        return _trained(network, task, schedule, range(self.epochs), self.seed, "training levels")
