@@ -61,7 +61,7 @@ class FastLeNet5(MODELS.LeNet5):
 class FastResNet(MODELS.ResNet):
     def forward(self, x):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
-            return super().forward(x).float()
+            return super().forward(x.contiguous(memory_format=torch.channels_last)).float()
 
 
 class FastTeacher(MODELS.ResNet):

@@ -2,48 +2,74 @@
 
 #include <string.h>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
-/* A value is one letter of an adaptive alphabet of 16 (magnitudes 0..7, then half octaves, then "128 and more") with its
- * sign, and even bits for what the letter leaves open. Two alphabets, chosen by what lies around the value, are mixed.
- * One comparison of all ends finds the letter, so that nothing has to be guessed and the processor never starts again;
- * what is left is waiting for one result after the other, so two streams are decoded in turns.
- * The entropy coder is rANS: a 64-bit state, 32-bit words, shares in 1/65536. It codes backwards what was modelled
- * forwards, so the encoder lists (start, share) first. */
+/* Magnitudes are coded first, then the signs of those that are not zero. A magnitude is one letter of an alphabet of 16
+ * (0..7, then half octaves, then "128 and more") and even bits for what the letter leaves open. The alphabet is chosen by
+ * what lies around the value; it is counted while coding and made anew whenever its counts have grown by a third.
+ * Four lanes code four rows at once, each a column behind the one above, so that a value waits for none of the other
+ * three; they learn when all four are coded. The loops of a step are kept apart because the processor looks only about a
+ * hundred instructions ahead: what lies next to each other must be independent. Nothing branches on a decoded value but
+ * what is rare.
+ * The entropy coder is rANS: a 64-bit state for each lane, 32-bit words, shares in 1/32768. It codes backwards what was
+ * modelled forwards, so the encoder lists (start, share, lane) first. */
 
 #define LEVELS 24 /* contexts of predicted magnitude */
 #define LEFTS 4   /* contexts of the left neighbour's magnitude: 0, 1, 2, 3 and more */
 #define LETTERS 16
 #define EXACT 8  /* letters below stand for one magnitude */
 #define TAIL 128 /* the last letter stands for magnitudes from here */
-#define COUNTS 512 /* after so many symbols the rate stays */
-#define PEAK 15 /* magnitudes above count as this much in the predictions */
-#define WHOLE 32768
-#define LEAST 3 /* every letter's share tends to this much of WHOLE at least, and never falls under 2 */
+#define BITS 15
+#define WHOLE (1 << BITS)
+#define LEAST 4 /* every letter's share tends to this much of WHOLE at least, and never falls under 2 */
+#define LANES 4
+#define SMALL 1024 /* fewer values are one lane: every lane wastes two bytes */
+#define PERIODS 64
+#define FRESH 32 /* an alphabet leans on its parent as if that had been counted so often, and by half of its own counts */
+#define KNOWN 64 /* and that on the prior */
+#define CHUNK 256
+#define MANY 16 /* kernels, from which on they are coded side by side */
 
-#define INLINE static inline __attribute__((always_inline)) /* else the state lives in memory, at half the speed */
+#define INLINE static inline __attribute__((always_inline))
+#define KEEP(value) __asm__("" : "+r"(value)) /* in a register, and not a reason to branch */
 
 typedef struct {
-    _Alignas(64) int16_t end[LETTERS]; /* shares of all letters up to this one in 1/WHOLE, less WHOLE; the last is 0 */
-    int32_t count;
-    int16_t unused[13], before; /* -WHOLE: what the alphabet that follows finds at end[-1] */
+    _Alignas(64) uint16_t fresh[LETTERS]; /* counts since the ends were made */
+    int32_t due;                          /* until they are made anew */
+    int16_t unused[13], before;           /* -WHOLE, which stands at end[-1] */
+    int16_t end[LETTERS];                 /* shares of all letters up to this one in 1/WHOLE, less WHOLE; the last is 0 */
 } alphabet;
 
-/* What is known of a letter. */
 typedef struct {
-    _Alignas(64) int16_t target[LETTERS]; /* what an alphabet's ends move towards after it */
-    int32_t both, minus;                  /* all ones where it occurs with either sign; only with minus */
-    uint32_t open;                        /* even bits that tell its magnitudes apart */
-} letter_facts;
+    _Alignas(16) int32_t below[LETTERS]; /* of all letters up to this one */
+} counts;
 
 typedef struct {
-    uint64_t state;
+    alphabet at[LEVELS][LEFTS];
+    counts near[LEVELS][LEFTS], far[LEVELS]; /* for each magnitude of the left neighbour, and for all */
+    const int16_t *prior; /* of the model */
+    int32_t offset[LETTERS]; /* from the first alphabet of a level to that of a left neighbour with this letter, in bytes */
+    uint32_t open[LETTERS];  /* even bits that tell the magnitudes of a letter apart */
+    int32_t last, most;      /* the last letter that occurs; the counts are halved from `most` on */
+} estimates;
+
+typedef struct {
     const uint8_t *in, *end;
-    uint32_t *list; /* encoder: start in the low half, share in the high half */
+    uint64_t *list; /* encoder: start, from bit 16 share, from bit 32 lane */
     int64_t listed, capacity;
-} coder;
+} stream;
+
+/* Four rows on their way. Means have 16 fractional bits; the predicted level sees the row's without the left neighbour
+ * (`older`), which chooses among the alphabets of that level instead. */
+typedef struct {
+    uint64_t state[LANES];
+    uint32_t row[LANES], older[LANES], settle[LANES];
+    int32_t beside[LANES];
+    int32_t *line[LANES]; /* a lane's row, moved back by as many columns as the lane lags behind */
+    uint32_t *mean;       /* of the columns */
+} lanes;
 
 /* The least magnitude of each letter. */
 static const uint8_t FLOOR[LETTERS] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, TAIL};
@@ -56,374 +82,359 @@ static int32_t letter_of(uint32_t size) {
     return letter;
 }
 
-INLINE void list(coder *c, uint32_t start, uint32_t share) {
-    if (c->listed < c->capacity) c->list[c->listed] = start | share << 16;
+INLINE void list(stream *c, uint64_t start, uint64_t share, int64_t lane) {
+    if (c->listed < c->capacity) c->list[c->listed] = start | share << 16 | (uint64_t)lane << 32;
     c->listed++;
 }
 
-/* Takes up a word when the state has run low. Without words it runs down to 0. */
-INLINE void refill(coder *c) {
-    if (__builtin_expect(c->state >> 32 == 0, 0) && c->in != c->end) {
-        c->state = c->state << 32 | (uint32_t)c->in[0] | (uint32_t)c->in[1] << 8 | (uint32_t)c->in[2] << 16 |
-                   (uint32_t)c->in[3] << 24;
+/* The state after a step, with a word more when it has run low. Without words it runs down to what it began with. */
+INLINE uint64_t moved(stream *c, uint64_t state, uint64_t share, uint64_t inside) {
+    state = share * (state >> BITS) + inside;
+    if (__builtin_expect(state >> 32 == 0, 0) && c->in != c->end) {
+        state = state << 32 | (uint32_t)c->in[0] | (uint32_t)c->in[1] << 8 | (uint32_t)c->in[2] << 16 |
+                (uint32_t)c->in[3] << 24;
         c->in += 4;
     }
+    return state;
 }
 
-INLINE uint32_t code_bits(coder *c, uint32_t value, uint32_t bits, const int32_t decode) {
+static uint32_t code_bits(stream *c, uint64_t *state, int64_t lane, uint32_t value, uint32_t bits, const int32_t decode) {
     if (bits == 0) return 0;
-    uint32_t share = 1u << (16 - bits);
-    if (decode) {
-        uint32_t slot = (uint32_t)((c->state & (WHOLE - 1)) << 1 | (c->state >> 15 & 1));
-        value = slot >> (16 - bits);
-        c->state = share * (c->state >> 16) + slot - value * share;
-        refill(c);
-    } else {
-        list(c, value * share, share);
+    uint32_t share = 1u << (BITS - bits);
+    if (!decode) {
+        list(c, value * share, share, lane);
+        return value;
     }
-    return value;
+    uint32_t slot = (uint32_t)(*state & (WHOLE - 1));
+    *state = moved(c, *state, share, slot & (share - 1));
+    return slot >> (BITS - bits);
 }
 
-/* The value above TAIL: the length of value + 1 in five bits, then its lower bits. */
-static __attribute__((noinline)) uint32_t code_tail(coder *c, uint32_t value, const int32_t decode) {
-    uint32_t bits = decode ? 0 : 31 - (uint32_t)__builtin_clz(value + 1);
-    bits = code_bits(c, bits, 5, decode);
+/* What is left of a magnitude. From TAIL on: the length of rest + 1 in five bits, then its lower bits. */
+static __attribute__((noinline)) uint32_t code_rest(stream *c, const estimates *s, uint64_t *state, int64_t lane,
+                                                    int64_t letter, uint32_t size, const int32_t decode) {
+    uint32_t rest = size - FLOOR[letter];
+    if (letter < LETTERS - 1) return FLOOR[letter] + code_bits(c, state, lane, rest, s->open[letter], decode);
+    uint32_t bits = decode ? 0 : 31 - (uint32_t)__builtin_clz(rest + 1);
+    bits = code_bits(c, state, lane, bits, 5, decode);
     if (bits > 29) return 1u << 30; /* over every limit */
-    uint32_t high = bits > 15 ? bits - 15 : 0, top = 0, low;
-    top = code_bits(c, (value + 1) >> 15 & ((1u << high) - 1), high, decode);
-    low = code_bits(c, (value + 1) & ((1u << (bits - high)) - 1), bits - high, decode);
-    return (1u << bits | top << 15 | low) - 1;
+    uint32_t high = bits > 14 ? bits - 14 : 0, top = 0, low;
+    top = code_bits(c, state, lane, (rest + 1) >> 14 & ((1u << high) - 1), high, decode);
+    low = code_bits(c, state, lane, (rest + 1) & ((1u << (bits - high)) - 1), bits - high, decode);
+    return TAIL + (1u << bits | top << 14 | low) - 1;
 }
 
-typedef struct {
-    alphabet first;
-    struct {
-        alphabet near[LEFTS], far; /* for each magnitude of the left neighbour, and for all */
-    } at[LEVELS];
-    letter_facts letter[LETTERS];
-    int32_t sign[9];      /* share of "negative" in 1/65536, for each left and upper neighbour: 0, 1 plus, 2 minus */
-    int16_t rate[COUNTS]; /* in 1/32768, after so many symbols */
-    uint16_t next[COUNTS];
-} estimates;
-
-/* The letter that `slot`, less WHOLE, falls in where two alphabets' ends are averaged. */
-INLINE int64_t find(const alphabet *a, const alphabet *b, int32_t slot) {
-#if defined(__AVX2__)
-    __m256i end = _mm256_avg_epu16(_mm256_load_si256((const __m256i *)a->end), _mm256_load_si256((const __m256i *)b->end));
-    __m256i over = _mm256_cmpgt_epi16(end, _mm256_set1_epi16((int16_t)slot));
-    return (int64_t)((uint32_t)__builtin_ctz((uint32_t)_mm256_movemask_epi8(over)) >> 1);
+/* The letter that `slot`, less WHOLE, falls in. */
+INLINE int64_t find(const int16_t *end, int32_t slot) {
+#if defined(__SSE2__)
+    __m128i x = _mm_set1_epi16((int16_t)slot), low = _mm_load_si128((const __m128i *)end);
+    __m128i over = _mm_packs_epi16(_mm_cmpgt_epi16(low, x), _mm_cmpgt_epi16(_mm_load_si128((const __m128i *)end + 1), x));
+    return __builtin_ctz((uint32_t)_mm_movemask_epi8(over));
 #else
     int64_t letter = 0;
-    for (int32_t k = 0; k < LETTERS; k++) letter += (a->end[k] + b->end[k] + 1) >> 1 <= slot;
+    for (int32_t k = 0; k < LETTERS; k++) letter += end[k] <= slot;
     return letter;
 #endif
 }
 
-/* Moves every end by rate / 32768 of its way to the target, rounded. */
-INLINE void learn(alphabet *a, const int16_t *target, const estimates *s) {
-#if defined(__AVX2__)
-    __m256i end = _mm256_load_si256((const __m256i *)a->end);
-    __m256i way = _mm256_sub_epi16(_mm256_load_si256((const __m256i *)target), end);
-    way = _mm256_mulhrs_epi16(way, _mm256_set1_epi16(s->rate[a->count]));
-    _mm256_store_si256((__m256i *)a->end, _mm256_add_epi16(end, way));
-#else
-    for (int32_t k = 0; k < LETTERS; k++)
-        a->end[k] = (int16_t)(a->end[k] + (((target[k] - a->end[k]) * s->rate[a->count] + 16384) >> 15));
-#endif
-    a->count = s->next[a->count];
+/* Makes the ends anew: its own counts on top of those of the level on top of the prior. Single operations on floats give
+ * the same on every machine; nothing is summed in floats. */
+static __attribute__((noinline)) void renew(estimates *s, alphabet *a) {
+    int64_t place = a - &s->at[0][0];
+    int32_t *near = (&s->near[0][0] + place)->below, *far = s->far[place / LEFTS].below, fresh[LETTERS];
+    const int16_t *prior = s->prior + place / LEFTS * LETTERS;
+    const float free = (float)(WHOLE - LEAST * (s->last + 1));
+    for (int32_t k = 0, sum = 0; k < LETTERS; k++) fresh[k] = sum += a->fresh[k];
+    const int32_t old = near[LETTERS - 1] + fresh[LETTERS - 1] >= s->most;
+    const int32_t old_far = far[LETTERS - 1] + fresh[LETTERS - 1] >= s->most;
+    for (int32_t k = 0; k < LETTERS; k++) {
+        near[k] = (near[k] + fresh[k]) >> old;
+        far[k] = (far[k] + fresh[k]) >> old_far;
+        a->fresh[k] = 0;
+    }
+    const int32_t count = near[LETTERS - 1];
+    const float own = (float)count, all = (float)far[LETTERS - 1], lean = (float)(FRESH + count / 2);
+    const float by_own = 1 / (lean + own), by_all = 1 / (KNOWN + all);
+    for (int32_t k = 0; k < LETTERS; k++) {
+        float least = (float)(LEAST * (k + 1));
+        float parent = (KNOWN * (float)(prior[k] + WHOLE) + least * all + free * (float)far[k]) * by_all;
+        float end = (lean * parent + least * own + free * (float)near[k]) * by_own;
+        a->end[k] = (int16_t)((int32_t)end - WHOLE);
+    }
+    for (int32_t k = s->last; k < LETTERS; k++) a->end[k] = 0;
+    a->due = count < 6 ? 1 : count / 3;
 }
 
 static void begin(estimates *s, const terse_model *m) {
-    int32_t most = m->high > -m->low ? m->high : -m->low, last = letter_of((uint32_t)most), least = 32768 >> m->slow;
-    if (last == 0) last = 1; /* no share may be the whole, which takes 17 bits */
+    int32_t most = m->high > -m->low ? m->high : -m->low, last = letter_of((uint32_t)most);
+    if (last == 0) last = 1; /* no share may be the whole, which takes 16 bits */
+    memset(s->near, 0, sizeof s->near);
+    memset(s->far, 0, sizeof s->far);
+    s->prior = m->prior;
+    s->last = last;
+    s->most = 2 << m->slow;
     for (int32_t k = 0; k < LETTERS; k++) {
-        letter_facts *l = &s->letter[k];
-        l->both = -(k > 0 && FLOOR[k] <= m->high && FLOOR[k] <= -m->low);
-        l->minus = -(FLOOR[k] > m->high);
         int32_t end = k == last && most ? most + 1 : k + 1 < LETTERS ? FLOOR[k + 1] : 0;
-        l->open = 0;
-        while (FLOOR[k] + (1 << l->open) < end) l->open++;
-        for (int32_t i = 0; i < LETTERS; i++)
-            l->target[i] = (int16_t)(i >= last ? 0 : i < k ? LEAST * (i + 1) - WHOLE : LEAST * (i - last));
+        for (s->open[k] = 0; FLOOR[k] + (1 << s->open[k]) < end;) s->open[k]++;
+        s->offset[k] = (int32_t)sizeof(alphabet) * (k < LEFTS - 1 ? k : LEFTS - 1);
     }
-    s->first.before = -WHOLE;
+    alphabet first = {.due = 1, .before = -WHOLE};
     for (int32_t k = 0; k < LEVELS; k++) {
-        alphabet *far = &s->at[k].far;
-        for (int32_t i = 0; i < LETTERS; i++) far->end[i] = i < last ? m->prior[LETTERS * k + i] : 0;
-        far->count = 0;
-        far->before = -WHOLE;
-        for (int32_t l = 0; l < LEFTS; l++) s->at[k].near[l] = *far;
-    }
-    for (int32_t k = 0; k < 9; k++) s->sign[k] = 32768;
-    for (int32_t n = 0; n < COUNTS; n++) {
-        int32_t rate = 32768 / (n + 16);
-        s->rate[n] = (int16_t)(rate > least ? rate : least);
-        s->next[n] = (uint16_t)(n + (n < COUNTS - 1));
+        memcpy(first.end, m->prior + LETTERS * k, sizeof first.end);
+        for (int32_t i = last; i < LETTERS; i++) first.end[i] = 0;
+        for (int32_t l = 0; l < LEFTS; l++) s->at[k][l] = first;
     }
 }
 
-/* What is known of a column: its mean magnitude in the rows above, 16 fractional bits, and the sign above. */
-typedef struct {
-    int32_t mean, sign;
-} cell;
-
-/* One stream on its way: the matrix that it fills, where it is, and what predicts the next value. */
-typedef struct {
-    coder c;
-    estimates *s;
-    terse_model m;
-    int32_t *values, *line; /* line: the end of the row that is being filled */
-    cell *cells;            /* their end */
-    int64_t i, j;           /* the row; the place in it, counted from -columns up to 0 */
-    /* Mean magnitude along the row, 16 fractional bits; the predicted level sees it without the left neighbour
-     * (`older`), which chooses among the alphabets of that level instead. left: three times its sign. */
-    int64_t row, older, settle, left, beside;
-} lane;
-
-INLINE void begin_row(lane *v) {
-    int64_t least = 65536 >> v->m.settle, settle = v->i < 65536 ? 65536 / (v->i + 2) : 0;
-    v->settle = settle > least ? settle : least;
-    v->line = v->values + (v->i + 1) * v->m.columns;
-    v->j = -v->m.columns;
-    v->left = v->beside = 0;
+/* Step t of the lanes from..to-1, of which lane l is in column t - l. */
+INLINE void step(stream *c, estimates *s, const terse_model *m, lanes *v, int64_t t, const int64_t from, const int64_t to,
+                 const int32_t decode) {
+    alphabet *a[LANES];
+    int64_t letter[LANES], place = t * m->right;
+    uint32_t *mean = v->mean + t, size[LANES], blend = (uint32_t)m->blend;
+    const uint64_t memory = 65536 >> m->memory;
+#pragma GCC unroll 4
+    for (int64_t l = from; l < to; l++) {
+        alphabet *level = s->at[m->level[(v->older[l] * (16 - blend) + mean[-l] * blend) >> 12]];
+        a[l] = (alphabet *)((char *)level + v->beside[l]);
+        KEEP(a[l]);
+        if (!decode) {
+            int32_t value = v->line[l][place];
+            size[l] = (uint32_t)(value < 0 ? -value : value);
+            letter[l] = letter_of(size[l]);
+        }
+    }
+    if (decode) {
+#pragma GCC unroll 4
+        for (int64_t l = from; l < to; l++) {
+            letter[l] = find(a[l]->end, (int32_t)((uint32_t)v->state[l] | -(uint32_t)WHOLE));
+            KEEP(letter[l]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int64_t l = from; l < to; l++) {
+        const int16_t *end = a[l]->end + letter[l];
+        int32_t start = end[-1];
+        uint32_t share = (uint32_t)(end[0] - start);
+        if (decode) {
+            int32_t slot = (int32_t)((uint32_t)v->state[l] | -(uint32_t)WHOLE);
+            v->state[l] = moved(c, v->state[l], share, (uint32_t)(slot - start));
+        } else {
+            list(c, (uint32_t)(start + WHOLE), share, l);
+        }
+        a[l]->fresh[letter[l]]++;
+    }
+#pragma GCC unroll 4
+    for (int64_t l = from; l < to; l++) {
+        uint32_t seen = (uint32_t)letter[l], rate = v->settle[l], found = seen;
+        v->beside[l] = s->offset[seen];
+        if (__builtin_expect(seen >= EXACT, 0)) {
+            uint64_t lent = v->state[l]; /* a copy whose address is taken, so that the state can stay in a register */
+            found = code_rest(c, s, &lent, l, seen, size[l], decode);
+            v->state[l] = lent;
+        }
+        if (decode) v->line[l][place] = (int32_t)found;
+        if (__builtin_expect(--a[l]->due == 0, 0)) renew(s, a[l]);
+        mean[-l] += (seen * rate << 4) - (mean[-l] * rate >> 12);
+        v->older[l] = v->row[l];
+        v->row[l] += (uint32_t)(seen * memory) - (uint32_t)(v->row[l] * memory >> 16);
+    }
 }
 
-static int64_t begin_lane(lane *v, coder c, estimates *s, const terse_model *m, int32_t *values, int32_t *work) {
+INLINE int64_t lanes_of(const terse_model *m) {
+    return m->rows < LANES || m->columns < LANES || m->rows * m->columns < SMALL ? 1 : LANES;
+}
+
+INLINE void code_sizes(stream *given, estimates *s, const terse_model *model, int32_t *values, lanes *rows, uint32_t *mean,
+                       const int32_t decode) {
+    terse_model m = *model; /* copies whose addresses are not taken */
+    stream c = *given;
+    lanes v = *rows;
+    const int64_t most = lanes_of(&m);
+    uint32_t start[PERIODS]; /* where a row's mean begins: where that of the row `period` before has come to */
+    for (int32_t k = 0; k < PERIODS; k++) start[k] = 32768;
+    for (int64_t j = 0; j < m.columns; j++) mean[j] = 32768;
+    v.mean = mean;
+    for (int64_t i = 0; i < m.rows; i += most) {
+        const int64_t active = m.rows - i < most ? m.rows - i : most, steps = m.columns + active - 1;
+        for (int64_t l = 0; l < active; l++) {
+            int64_t settle = 4096 / (i + l + 2), least = 4096 >> m.settle;
+            v.settle[l] = (uint32_t)(settle > least ? settle : least);
+            v.line[l] = values + (i + l) * m.down - l * m.right;
+            v.beside[l] = 0;
+            v.row[l] = v.older[l] = start[(i + l) % m.period];
+        }
+        for (int64_t t = 0; t < steps;) {
+            if (active == LANES && t >= LANES - 1 && t < m.columns) {
+                for (; t < m.columns; t++) step(&c, s, &m, &v, t, 0, LANES, decode);
+            } else {
+                int64_t from = t < m.columns ? 0 : t - m.columns + 1, to = t < active ? t + 1 : active;
+                for (int64_t l = from; l < to; l++) step(&c, s, &m, &v, t, l, l + 1, decode);
+                t++;
+            }
+        }
+        for (int64_t l = 0; l < active; l++) {
+            uint32_t *kept = &start[(i + l) % m.period];
+            *kept = (3 * *kept + v.row[l]) / 4;
+        }
+    }
+    *given = c;
+    *rows = v;
+}
+
+/* Values that lie a step apart, and the place of the first in `around` with the step there. */
+typedef struct {
+    int64_t first, step, count, around, apart;
+} run;
+
+/* The signs of those of a run that are not zero, by turns of the lanes; returns whose turn is next. */
+INLINE int64_t code_run(stream *c, lanes *v, int64_t turn, const run *r, int32_t *values, uint8_t *around, int64_t wide,
+                        const int64_t *split, int64_t turns, const int32_t decode) {
+    int64_t place[CHUNK + 1], n = 0, at = r->first;
+    for (int64_t k = 0; k < r->count; k++, at += r->step) {
+        place[n] = k;
+        n += values[at] != 0;
+    }
+    for (int64_t k = 0; k < n; k++, turn = (turn + 1) & turns) {
+        int32_t *value = values + r->first + place[k] * r->step;
+        uint8_t *own = around ? around + r->around + place[k] * r->apart : 0;
+        int64_t share = split[around ? own[-1] << 2 | own[-wide] : 0], minus = -(int64_t)(*value < 0);
+        if (decode) {
+            uint64_t state = v->state[turn];
+            int64_t slot = (int64_t)(state & (WHOLE - 1));
+            minus = (slot - share) >> 63;
+            KEEP(minus);
+            uint64_t part = (uint64_t)(WHOLE - share + ((2 * share - WHOLE) & minus));
+            v->state[turn] = moved(c, state, part, (uint64_t)(slot - (share & ~minus)));
+            *value = (int32_t)((*value ^ minus) - minus);
+        } else {
+            list(c, minus ? 0 : (uint64_t)share, (uint64_t)(minus ? share : WHOLE - share), turn);
+        }
+        if (around) *own = (uint8_t)(1 - minus);
+    }
+    return turn;
+}
+
+/* The signs. Kernels lie in `around` one after the other, with an empty row above and an empty column to the left of each,
+ * so that every value has neighbours. Where there are many, the same place in all of them comes first, so that a sign does
+ * not wait for the one before it. */
+INLINE void code_signs(stream *given, const terse_model *m, int32_t *values, lanes *v, uint8_t *around,
+                       const int32_t decode) {
+    const int64_t high = m->kernel_rows, wide = m->kernel_columns, size = high * wide, all = m->rows * m->columns / size;
+    const int64_t across = wide + 1, padded = (high + 1) * across, turns = lanes_of(m) - 1, many = all >= MANY;
+    int64_t split[11] = {8, m->signs >> 4 & 15, 0, 0, m->signs & 15, m->signs >> 8 & 15, m->signs >> 12 & 15}, turn = 0;
+    stream c = *given;
+    lanes w = *v;
+    split[2] = 16 - split[1], split[8] = 16 - split[4], split[9] = 16 - split[6], split[10] = 16 - split[5];
+    for (int32_t k = 0; k < 11; k++) split[k] *= WHOLE / 16;
+    for (int64_t first = 0; first < all; first += many ? CHUNK : 1) {
+        for (int64_t y = 0; y < high; y++) {
+            for (int64_t x = 0; x < wide; x += many ? 1 : CHUNK) {
+                run r = {first * size + y * wide + x, many ? size : 1, many ? all - first : wide - x,
+                         first * padded + (y + 1) * across + x + 1, many ? padded : 1};
+                if (r.count > CHUNK) r.count = CHUNK;
+                turn = code_run(&c, &w, turn, &r, values, around, across, split, turns, decode);
+            }
+        }
+    }
+    *given = c;
+    *v = w;
+}
+
+INLINE void signs(stream *c, const terse_model *m, int32_t *values, lanes *v, uint8_t *around, const int32_t decode) {
+    if (m->low == 0) return;
+    if (around) {
+        code_signs(c, m, values, v, around, decode);
+    } else { /* either sign is as likely: all is one row */
+        terse_model plain = *m;
+        plain.signs = 0;
+        plain.kernel_rows = 1;
+        plain.kernel_columns = m->rows * m->columns;
+        code_signs(c, &plain, values, v, 0, decode);
+    }
+}
+
+static int64_t begin_lanes(lanes *v, estimates *s, const terse_model *m) {
     if (m->rows < 1 || m->columns < 1 || m->low > 0 || m->high < 0 || m->low < -(1 << 30) || m->high > 1 << 30 ||
-        m->blend < 0 || m->blend > 16 || m->slow < 4 || m->slow > 9 || m->memory < 0 || m->memory > 15 ||
-        m->settle < 0 || m->settle > 15)
+        m->kernel_rows < 1 || m->kernel_columns < 1 || m->period < 1 || m->period > PERIODS || m->blend < 0 ||
+        m->blend > 16 || m->slow < 4 || m->slow > 12 || m->memory < 0 || m->memory > 15 || m->settle < 0 ||
+        m->settle > 8)
         return TERSE_EARGUMENT;
-    cell *cells = (cell *)work;
-    *v = (lane){.c = c, .s = s, .m = *m, .values = values, .cells = cells + m->columns, .row = 32768, .older = 32768};
-    for (int64_t j = 0; j < m->columns; j++) cells[j] = (cell){32768, 0};
+    memset(v, 0, sizeof *v);
     begin(s, m);
-    begin_row(v);
     return 0;
 }
 
-/* One value on its way through the three parts of a step. */
-typedef struct {
-    alphabet *far, *near;
-    const letter_facts *facts;
-    int32_t *sign;
-    int64_t letter, mean;
-    int32_t value, minus; /* minus: all ones if the value is negative, else 0 */
-    uint32_t size;
-} coding;
-
-#define KEEP(pointer) __asm__("" : "+r"(pointer)) /* in a register: the compiler would work it out again and again */
-
-INLINE coding predict(const lane *v, const int32_t decode) {
-    const cell *above = v->cells + v->j;
-    coding o = {.mean = above->mean};
-    int64_t level = v->m.level[(v->older + ((o.mean - v->older) * v->m.blend >> 4)) >> 8];
-    o.near = v->s->at[level].near;
-    KEEP(o.near);
-    o.far = o.near + LEFTS;
-    o.near += v->beside;
-    KEEP(o.near);
-    o.sign = &v->s->sign[v->left + above->sign];
-    if (!decode) {
-        o.value = v->line[v->j];
-        o.minus = -(o.value < 0);
-        o.size = (uint32_t)((o.value ^ o.minus) - o.minus);
-        o.letter = letter_of(o.size);
-    }
-    return o;
-}
-
-/* The letter with its sign. Nothing here depends on a guess. */
-INLINE void code_letter(lane *v, coding *o, const int32_t decode) {
-    uint64_t state = v->c.state;
-    int32_t slot = (int16_t)(state | WHOLE);
-    if (decode) o->letter = find(o->far, o->near, slot);
-    const int16_t *a = o->far->end + o->letter, *b = o->near->end + o->letter;
-    o->facts = &v->s->letter[o->letter];
-    KEEP(o->facts);
-    int32_t start = (a[-1] + b[-1] + 1) >> 1;
-    uint32_t share = 2 * (uint32_t)(((a[0] + b[0] + 1) >> 1) - start), both = (uint32_t)o->facts->both;
-    uint32_t split = (((share - 2) * (uint32_t)*o->sign >> 16) + 1) & both;
-    if (decode) {
-        uint32_t inside = 2 * (uint32_t)(slot - start) + (uint32_t)(state >> 15 & 1);
-        o->minus = -(inside < split);
-        inside -= split & ~(uint32_t)o->minus;
-        share = o->minus ? split : share - split;
-        v->c.state = share * (state >> 16) + inside;
-        refill(&v->c);
-    } else {
-        uint32_t from = 2 * (uint32_t)(start + WHOLE);
-        o->minus &= both;
-        list(&v->c, o->minus ? from : from + split, o->minus ? split : share - split);
-    }
-}
-
-/* Everything learns, and what the letter leaves open of the magnitude is coded. */
-INLINE void learn_value(lane *v, const coding *o, const int32_t decode) {
-    const letter_facts *facts = o->facts;
-    cell *above = v->cells + v->j;
-    int64_t seen = o->letter, found = seen, minus = o->minus | facts->minus;
-    learn(o->far, facts->target, v->s);
-    learn(o->near, facts->target, v->s);
-    *o->sign += ((o->minus & 65535) - *o->sign) >> 6 & facts->both;
-    v->beside = seen < LEFTS - 1 ? seen : LEFTS - 1;
-    v->left = (seen > 0) - minus;
-    above->sign = (int32_t)v->left;
-    v->left *= 3;
-    if (__builtin_expect(seen >= EXACT, 0)) {
-        uint32_t rest = o->size - FLOOR[seen];
-        if (seen == LETTERS - 1) {
-            coder lent = v->c; /* a copy whose address is taken, so that v->c need not live in memory */
-            rest = code_tail(&lent, rest, decode);
-            v->c = lent;
-        } else {
-            rest = code_bits(&v->c, rest, facts->open, decode);
-        }
-        found = FLOOR[seen] + (int64_t)rest;
-        seen = found < PEAK ? found : PEAK;
-    }
-    if (decode) v->line[v->j] = (int32_t)((found ^ minus) - minus);
-    seen <<= 16;
-    above->mean = (int32_t)(o->mean + ((seen - o->mean) * v->settle >> 16));
-    v->older = v->row;
-    v->row += (seen - v->row) >> v->m.memory;
-    if (__builtin_expect(++v->j == 0, 0)) {
-        v->i++;
-        begin_row(v);
-    }
-}
-
-INLINE int64_t left_of(const lane *v) {
-    return (v->m.rows - v->i) * v->m.columns - v->m.columns - v->j;
-}
-
-/* To the end of the lane's matrix. */
-static void run_one(lane *a, const int32_t decode) {
-    lane x = *a;
-    for (int64_t left = left_of(&x); left > 0; left--) {
-        coding p = predict(&x, decode);
-        code_letter(&x, &p, decode);
-        learn_value(&x, &p, decode);
-    }
-    *a = x;
-}
-
-/* To the end of the shorter one. The order lets the processor work on both values at once. */
-static void run_two(lane *a, lane *b) {
-    lane x = *a, y = *b;
-    int64_t m = left_of(&x), n = left_of(&y);
-    for (int64_t left = m < n ? m : n; left > 0; left--) {
-        coding p = predict(&x, 1), q = predict(&y, 1);
-        code_letter(&x, &p, 1);
-        code_letter(&y, &q, 1);
-        learn_value(&x, &p, 1);
-        learn_value(&y, &q, 1);
-    }
-    *a = x;
-    *b = y;
-}
-
-/* This file is compiled twice where the processor may have AVX2: once plain, once as context_avx2.c. */
-int64_t terse_context_encode_avx2(const int32_t *in, const terse_model *model, uint32_t *list, int64_t listed,
-                                  uint8_t *out, int64_t capacity, int32_t *work);
-int64_t terse_context_decode_avx2(const terse_context_job *jobs, int64_t count);
-
-#if defined(__AVX2__)
-#define PATH(name) name##_avx2
-#else
-#define PATH(name) name##_portable
-#endif
-
-int64_t PATH(terse_context_encode)(const int32_t *in, const terse_model *model, uint32_t *list, int64_t listed,
-                                   uint8_t *out, int64_t capacity, int32_t *work) {
+int64_t terse_context_encode(const int32_t *in, const terse_model *m, uint64_t *listed, int64_t room, uint8_t *out,
+                             int64_t capacity, uint32_t *mean, uint8_t *around) {
     estimates s;
-    lane v;
-    int64_t error = begin_lane(&v, (coder){.list = list, .capacity = listed}, &s, model, (int32_t *)in, work);
+    lanes v;
+    int64_t error = begin_lanes(&v, &s, m), at, count = lanes_of(m);
     if (error) return error;
-    run_one(&v, 0);
-    if (v.c.listed > listed) return TERSE_ERANGE;
-    int64_t at = capacity;
-    uint64_t x = 0;
-    for (int64_t k = v.c.listed - 1; k >= 0; k--) {
-        uint32_t start = list[k] & 0xffff, share = list[k] >> 16;
-        if (x >> 48 >= share) {
+    stream c = {.list = listed, .capacity = room};
+    code_sizes(&c, &s, m, (int32_t *)in, &v, mean, 0);
+    signs(&c, m, (int32_t *)in, &v, around, 0);
+    if (c.listed > room) return TERSE_ERANGE;
+    /* States begin at 0, which costs least. But where one lane sends its first word while another has not come to 32 bits,
+     * the decoder would take that word for the other: such a lane begins at 2^32. */
+    uint64_t first[LANES] = {0};
+again:
+    at = capacity;
+    memcpy(v.state, first, sizeof first);
+    for (int64_t k = c.listed - 1; k >= 0; k--) {
+        uint64_t start = listed[k] & 0xffff, share = listed[k] >> 16 & 0xffff, *x = &v.state[listed[k] >> 32];
+        if (*x >> (64 - BITS) >= share) {
+            int32_t low = 0;
+            for (int64_t l = 0; l < count && at == capacity; l++)
+                if (v.state[l] >> 32 == 0) first[l] = (uint64_t)1 << 32, low = 1;
+            if (low) goto again;
             if (at < 4) return TERSE_ERANGE;
             at -= 4;
-            for (int32_t b = 0; b < 4; b++) out[at + b] = (uint8_t)(x >> 8 * b);
-            x >>= 32;
+            for (int32_t b = 0; b < 4; b++) out[at + b] = (uint8_t)(*x >> 8 * b);
+            *x >>= 32;
         }
-        uint64_t slot = x % share + start; /* its lowest bit goes on top, which saves the decoder a step */
-        x = x / share << 16 | slot >> 1 | (slot & 1) << 15;
+        *x = (*x / share << BITS) + *x % share + start;
     }
-    if (at < 8) return TERSE_ERANGE;
-    int32_t bytes = 0; /* the state as it is: five to eight bytes if words follow, which the length tells */
-    while (bytes < 8 && x >> 8 * bytes) bytes++;
-    for (int32_t b = bytes; b-- > 0;) out[--at] = (uint8_t)(x >> 8 * b);
+    if (at < 8 * LANES + 2) return TERSE_ERANGE;
+    uint32_t lengths = 0; /* of the states as they are, five to eight bytes if words follow; the last one's is not sent */
+    for (int64_t l = count; l-- > 0;) {
+        uint32_t bytes = 0;
+        while (bytes < 8 && v.state[l] >> 8 * bytes) bytes++;
+        for (uint32_t b = bytes; b-- > 0;) out[--at] = (uint8_t)(v.state[l] >> 8 * b);
+        lengths |= bytes << 4 * l;
+    }
+    if (count > 1) out[--at] = (uint8_t)(lengths >> 8), out[--at] = (uint8_t)lengths;
     memmove(out, out + at, (size_t)(capacity - at));
     return capacity - at;
 }
 
-static int64_t begin_job(lane *v, estimates *s, const terse_context_job *job) {
-    int64_t head = job->length <= 8 ? job->length : 5 + (job->length - 5) % 4;
-    coder c = {.in = job->in + head, .end = job->in + job->length};
-    for (int64_t b = 0; b < head; b++) c.state |= (uint64_t)job->in[b] << 8 * b;
-    if (head && job->in[head - 1] == 0) return TERSE_EDATA;
-    return begin_lane(v, c, s, &job->model, job->out, job->work);
-}
-
-/* 0 while there is more to decode, 1 when all is well and done, or a negative error. */
-static int64_t ended(const lane *v) {
-    if (v->i < v->m.rows) return 0;
+int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *m, int32_t *out, uint32_t *mean,
+                             uint8_t *around) {
+    estimates s;
+    lanes v;
+    int64_t error = begin_lanes(&v, &s, m), count = lanes_of(m), at = 0;
+    if (error) return error;
+    uint32_t lengths = (uint32_t)(length <= 8 ? length : 5 + (length - 5) % 4);
+    if (count > 1) {
+        if (length < 2) return TERSE_EDATA;
+        lengths = in[0] | (uint32_t)in[1] << 8;
+        at = 2;
+    }
+    for (int64_t l = 0; l < count; l++) {
+        int64_t bytes = lengths >> 4 * l & 15;
+        if (bytes > 8 || bytes > length - at || (bytes && in[at + bytes - 1] == 0)) return TERSE_EDATA;
+        for (int64_t b = 0; b < bytes; b++) v.state[l] |= (uint64_t)in[at++] << 8 * b;
+    }
+    if ((length - at) % 4) return TERSE_EDATA;
+    stream c = {.in = in + at, .end = in + length};
+    code_sizes(&c, &s, m, out, &v, mean, 1);
+    signs(&c, m, out, &v, around, 1);
+    for (int64_t l = 0; l < count; l++)
+        if (v.state[l] && (count == 1 || v.state[l] != (uint64_t)1 << 32)) return TERSE_EDATA;
     int32_t low = 0, high = 0;
-    for (int64_t k = 0; k < v->m.rows * v->m.columns; k++) {
-        low = v->values[k] < low ? v->values[k] : low;
-        high = v->values[k] > high ? v->values[k] : high;
+    for (int64_t k = 0; k < m->rows * m->columns; k++) {
+        low = out[k] < low ? out[k] : low;
+        high = out[k] > high ? out[k] : high;
     }
-    return low >= v->m.low && high <= v->m.high && v->c.state == 0 && v->c.in == v->c.end ? 1 : TERSE_EDATA;
+    return low >= m->low && high <= m->high && c.in == c.end ? m->rows * m->columns : TERSE_EDATA;
 }
-
-int64_t PATH(terse_context_decode)(const terse_context_job *jobs, int64_t count) {
-    estimates s[2];
-    lane v[2];
-    int64_t begun = 0, active = 0;
-    for (;;) {
-        while (active < 2 && begun < count) {
-            int64_t error = begin_job(&v[active], &s[active], &jobs[begun++]);
-            if (error) return error;
-            active++;
-        }
-        if (active == 0) return count;
-        if (active == 2) {
-            run_two(&v[0], &v[1]);
-        } else {
-            run_one(&v[0], 1);
-        }
-        for (int64_t k = active; k-- > 0;) {
-            int64_t end = ended(&v[k]);
-            if (end < 0) return end;
-            if (end && k < --active) { /* the other lane moves down, with its estimates */
-                s[0] = s[1];
-                v[0] = v[1];
-                v[0].s = &s[0];
-            }
-        }
-    }
-}
-
-#if !defined(__AVX2__)
-int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint32_t *list, int64_t listed, uint8_t *out,
-                             int64_t capacity, int32_t *work, int32_t simd) {
-#ifdef TERSE_AVX2
-    if (simd) return terse_context_encode_avx2(in, model, list, listed, out, capacity, work);
-#endif
-    (void)simd;
-    return terse_context_encode_portable(in, model, list, listed, out, capacity, work);
-}
-
-int64_t terse_context_decode(const terse_context_job *jobs, int64_t count, int32_t simd) {
-#ifdef TERSE_AVX2
-    if (simd) return terse_context_decode_avx2(jobs, count);
-#endif
-    (void)simd;
-    return terse_context_decode_portable(jobs, count);
-}
-#endif

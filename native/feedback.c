@@ -14,7 +14,7 @@ int64_t terse_feedback(double *whitened, const double *inputs, const double *out
         int32_t *level = levels + j * m, context = 0;
         for (int64_t i = 0; i < m; i++) {
             double x = column[i] / (own * (steps->row[i] * steps->column[j]));
-            sum += x < 0 ? -x : x;
+            if (!steps->kept || steps->kept[j * m + i]) sum += x < 0 ? -x : x;
             carried[i] = 0;
         }
         while (context < steps->contexts - 1 && sum >= steps->edge[context] * (double)m) context++;
@@ -25,6 +25,7 @@ int64_t terse_feedback(double *whitened, const double *inputs, const double *out
             if (!(size < steps->highest)) size = steps->highest;
             int32_t k = (int32_t)(size + 0.5);
             if (k > 0 && size - (k - 0.5) < (k > 1 ? more : one)) k--; /* the bits saved are worth the error */
+            if (steps->kept && !steps->kept[j * m + i]) k = 0;
             level[i] = x < 0 ? -k : k;
             made[i] = level[i] * step;
             if (outputs) {

@@ -55,33 +55,31 @@ TERSE_API int64_t terse_rans_decode(const uint8_t *in, int64_t length, const uin
 /* rans.py: n bytes to 2 n nibbles, the low one first. */
 TERSE_API int64_t terse_rans_split(const uint8_t *in, int64_t n, uint8_t *out);
 
-/* context.py: adaptive coding of a matrix of integers with rANS. `list` has room for a word for each coding step: one
- * for each value, one more from magnitude 8 up and two more from 128; `work` for two integers for each column.
- * simd 0 is the portable path, 1 and more AVX2. */
+/* context.py: adaptive coding of a matrix of integers with rANS, row by row. Its values lie in memory in the order of the
+ * array that it was made of, whose last two axes are the kernel: signs look at their neighbours there. */
 typedef struct {
     int64_t rows, columns;
+    int64_t down, right; /* from a value to the next of its column and of its row, in values */
+    int64_t kernel_rows, kernel_columns;
+    int32_t period;       /* rows so far apart are alike, 1..64 */
     int32_t low, high;    /* every value lies in low..high; low <= 0 <= high */
-    int32_t slow;         /* the adaptation rate ends at 2^-slow, 4..9 */
+    int32_t slow;         /* counts are halved from 2^(slow + 1) on, 4..12 */
     int32_t blend;        /* weight of the column's mean magnitude, 0..16; the row's has 16 - blend */
-    int32_t memory;       /* the row's mean forgets with 2^-memory, the column's with 2^-settle */
+    int32_t memory;       /* the row's mean forgets with 2^-memory, the column's with 2^-settle, 0..8 */
     int32_t settle;
+    int32_t signs;        /* where they have contexts, their shares of "negative" in 1/16, of four bits each: by the left
+                           * and the upper neighbour in the kernel (+, 0), (0, +), (+, +), (+, -); the others mirror these */
     const uint8_t *level; /* [4096]: predicted magnitude in 1/256 -> context 0..23 */
-    const int16_t *prior; /* [24][16]: first shares of the letters up to each, in 1/32768 */
+    const int16_t *prior; /* [24][16]: first shares of the letters up to each, in 1/32768, less 1 */
 } terse_model;
 
-TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint32_t *list, int64_t listed,
-                                       uint8_t *out, int64_t capacity, int32_t *work, int32_t simd);
-
-/* One stream, its model, rows * columns integers to fill and 2 * columns integers to work in. */
-typedef struct {
-    const uint8_t *in;
-    int64_t length;
-    terse_model model;
-    int32_t *out, *work;
-} terse_context_job;
-
-/* Decodes the streams two at a time, which hides most of the waiting; returns `count`, or an error if any is damaged. */
-TERSE_API int64_t terse_context_decode(const terse_context_job *jobs, int64_t count, int32_t simd);
+/* `list` has room for a word for each coding step: one for each value, one more for each sign, for each magnitude from 8
+ * up, and two more from 128. `mean` has room for each column; `around`, zeros, for all kernels with a row and a column
+ * more each, NULL where signs have no contexts. Returns the bytes written, or an error. */
+TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint64_t *list, int64_t listed,
+                                       uint8_t *out, int64_t capacity, uint32_t *mean, uint8_t *around);
+TERSE_API int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *model, int32_t *out,
+                                       uint32_t *mean, uint8_t *around);
 
 /* feedback.py: levels for `whitened` [columns][rows], which is used up, from L [columns][columns] of the inputs and, or
  * NULL, the outputs' L [rows][rows] with each column divided by its diagonal; `work` has room for 2 * rows. */
@@ -91,6 +89,7 @@ typedef struct {
     const double *edge, *one, *more; /* a column whose mean size is under edge[k] takes the thresholds of context k: how */
     int32_t contexts;                /* far above k - 1/2 a size is rounded to k - 1, for k = 1 and for k > 1 */
     double highest;
+    const uint8_t *kept; /* [columns][rows], or NULL: levels elsewhere are 0 */
 } terse_feedback_steps;
 
 TERSE_API int64_t terse_feedback(double *whitened, const double *inputs, const double *outputs,

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from tersenet import codecs, native
 from tersenet.codecs import CODECS, filters, huffman, rans
-from tersenet.codecs.context import BANDED, Coded, Model, choose, decode, encode_matrix
+from tersenet.codecs.context import LANES, SMALL, Model, choose, decode_array, encode_array, sign_shares
 from tersenet.codecs.stream import FormatError, Reader, Unsuited, put_number, unzigzag, zigzag
 
 RNG = np.random.default_rng(0)
@@ -183,33 +183,57 @@ def test_context_coding_beats_the_entropy_of_one_table_where_columns_differ():
 def test_context_models_say_how_they_lay_out_an_array(both):
     values = np.rint(np.random.default_rng(5).laplace(0, 2, (6, 5, 3, 3))).astype(np.int32)
     low, high = int(values.min()), int(values.max())
-    models = [Model(0), Model(1), Model(2), Model(1, 3, 4, 3, 3), choose(values, low, high)]
-    coded = []
-    for model in models:
-        data = encode_matrix(model.matrix(values), model, low, high)
-        coded.append(Coded(data, model, np.zeros(model.shape(values.shape), np.int32), low, high))
+    for model in (Model(0), Model(1), Model(1, 3, 4, 3, 3, 1), choose(values, low, high)):
         assert Model.of_number(model.number()) == model
-    decode(coded)
-    assert all(np.array_equal(c.model.array(c.out, values.shape), values) for c in coded)
+        assert np.array_equal(
+            decode_array(encode_array(values, model, low, high), model, values.shape, low, high), values
+        )
 
 
-@pytest.mark.parametrize("simd", [0, 1])
-def test_every_path_of_the_context_coder_makes_and_reads_the_same(simd):
-    if simd > native.simd():
-        pytest.skip("this machine has no such instructions")
-    rng = np.random.default_rng(6)
-    for scale, size in ((0.3, (70, 90)), (9, (40, 300)), (300, (9, 1000))):
-        values, model = np.rint(rng.laplace(0, scale, size)).astype(np.int32), Model(0, 1, 2, 3, 1)
-        low, high = int(values.min()), int(values.max())
-        data = encode_matrix(values, model, low, high, simd)
-        assert data == encode_matrix(values, model, low, high)
-        back = [Coded(data, model, np.zeros(size, np.int32), low, high) for _ in range(3)]
-        decode(back, simd)
-        assert all(np.array_equal(c.out, values) for c in back)
+@pytest.mark.parametrize("scale", [0.05, 0.5, 3, 300])
+@pytest.mark.parametrize("shape", [(64, 200), (20, 20, 3, 3), (64, 200, 1, 1), (600, 4), (3, SMALL), (3 * SMALL,)])
+def test_four_rows_at_once_make_the_bytes_of_the_twin(scale, shape, monkeypatch):
+    values = np.rint(np.random.default_rng(6).laplace(0, scale, shape)).astype(np.int32)
+    low, high = min(int(values.min()), 0), max(int(values.max()), 0)
+    for model in (Model(0), Model(1, 1, 2, 3, 1, 1)):
+        data = encode_array(values, model, low, high)
+        assert np.array_equal(decode_array(data, model, shape, low, high), values)
+        with monkeypatch.context() as without:
+            without.setattr(native, "library", lambda: None)
+            assert encode_array(values, model, low, high) == data
+            assert np.array_equal(decode_array(data, model, shape, low, high), values)
 
 
-@pytest.mark.parametrize("shape", [(BANDED + 1,), (3, 1 + BANDED // 2), (1 << 10, 1 << 10)])
-def test_large_arrays_are_coded_in_two_bands(shape):
+def test_lanes_that_have_little_to_code_come_back():
+    assert Model().matrix((LANES, SMALL)).lanes == LANES
+    for some in ([0], [0, 3 * SMALL], range(5), range(0, LANES * SMALL, 7)):
+        values = np.zeros(LANES * SMALL, np.int32)
+        values[list(some)] = 5
+        values = values.reshape(LANES, SMALL)
+        for low, high in ((0, 5), (-5, 5)):
+            data = encode_array(values, Model(), low, high)
+            assert np.array_equal(decode_array(data, Model(), values.shape, low, high), values)
+
+
+def test_rows_of_one_place_in_the_kernel_predict_each_other():
+    rng = np.random.default_rng(7)
+    values = np.rint(rng.laplace(0, 1, (64, 64, 3, 3)) * np.linspace(0.1, 3, 9).reshape(3, 3)).astype(np.int32)
+    shuffled = rng.permuted(values.reshape(64, 64, 9), axis=2).reshape(values.shape)
+    low, high = int(values.min()), int(values.max())
+    assert len(encode_array(values, Model(1), low, high)) < 0.95 * len(encode_array(shuffled, Model(1), low, high))
+
+
+def test_signs_that_follow_their_neighbours_cost_less():
+    rng = np.random.default_rng(8)
+    smooth = np.repeat(rng.choice([-1, 1], (40, 40, 1, 1)), 9, axis=1).reshape(40, 40, 3, 3)
+    values = (smooth * np.where(rng.random(smooth.shape) < 0.1, -1, 1)).astype(np.int32)
+    assert sign_shares(values, (3, 3)) == 0x8233  # after two that differ either is as likely
+    plain, known = (len(encode_array(values, Model(signs=signs), -1, 1)) for signs in (0, 1))
+    assert known < 0.8 * plain
+
+
+@pytest.mark.parametrize("shape", [((1 << 20) + 1,), (1 << 10, 1 << 10)])
+def test_large_arrays_come_back(shape):
     values = np.random.default_rng(7).choice(np.array([0, 0, 0, 0, 0, -1, 1, 9], np.int8), shape)
     data = CODECS["context"].encode(values)
     assert np.array_equal(CODECS["context"].decode(data, shape, values.dtype), values)

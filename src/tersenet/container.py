@@ -334,31 +334,15 @@ def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Ten
             raise FormatError(f"{name}: its bytes are damaged")
         for p in promises:
             parts[id(p)] = whole[p.offset - first :][: p.length]
-    ready = _side_by_side([(p, parts[id(p)]) for n in named.values() for _, p in arrays(header.tensors[n].tree)])
-    found = {key: _filled(name, header.tensors[name], parts, ready) for key, name in named.items()}
+    found = {key: _filled(name, header.tensors[name], parts) for key, name in named.items()}
     return {name: found[id(header.tensors[name])] for name in names}
-
-
-def _side_by_side(coded: list[tuple[Promise, bytes]]) -> dict[int, Array]:
-    """Arrays that were context-coded, by their promise: many are decoded faster together than one by one.
-
-    Nothing where one is damaged: decoding them singly then tells which.
-    """
-    mine = [(p, part) for p, part in coded if p.codec == "context" and p.dtype.kind != "f"]
-    try:
-        found = codecs.CONTEXT.decode_all([(part, p.shape, p.dtype) for p, part in mine])
-    except (FormatError, *BROKEN):
-        return {}
-    return {id(p): array for (p, _), array in zip(mine, found, strict=True)}
 
 
 BROKEN = (ValueError, OverflowError, IndexError, MemoryError)  # what decoding garbled bytes may raise
 
 
-def _filled(name: str, tensor: Tensor, parts: Mapping[int, bytes], ready: Mapping[int, Array]) -> Tensor:
+def _filled(name: str, tensor: Tensor, parts: Mapping[int, bytes]) -> Tensor:
     def read(path: str, promise: Promise) -> Array:
-        if id(promise) in ready:
-            return ready[id(promise)]
         try:
             return _decode_array(promise, parts[id(promise)])
         except FormatError as wrong:

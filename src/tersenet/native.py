@@ -33,17 +33,21 @@ def call(name: str, *arguments: Any) -> int | None:
 
     Returns what C returned (a count, or a negative error), or None where there is no library.
     """
-    found = library()
-    if found is None:
+    if library() is None:
         return None
-    function = getattr(found, f"terse_{name}")
+    return int(_function(name)(*[_argument(a) for a in arguments]))
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    function = getattr(library(), f"terse_{name}")
     function.restype = ctypes.c_int64
-    return int(function(*[_argument(a) for a in arguments]))
+    return function
 
 
 def _argument(value: Any) -> Any:
-    if value is None or isinstance(value, np.ndarray):
-        return ctypes.c_void_p(None if value is None else value.ctypes.data)
+    if isinstance(value, np.ndarray):
+        return ctypes.c_void_p(value.ctypes.data)
     if isinstance(value, np.int32):
         return ctypes.c_int32(int(value))
     if isinstance(value, int):

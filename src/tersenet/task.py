@@ -65,7 +65,8 @@ def soft_targets(outputs: Tensor, wanted: Tensor, temperature: float = 3.0) -> T
 class Schedule:
     """How the network is trained: SGD with Nesterov momentum, or Adam, the rate divided by ten at each of `drops`.
 
-    `drops` are parts of the training time, e.g. (0.5, 0.75) of `epochs`.
+    `drops` are parts of the training time, e.g. (0.5, 0.75) of `epochs`. With `cosine` the rate falls along half a
+    cosine instead (Loshchilov, Hutter 2017).
     """
 
     epochs: int = 10
@@ -75,6 +76,7 @@ class Schedule:
     momentum: float = 0.9
     weight_decay: float = 0.0
     adam: bool = False
+    cosine: bool = False
 
     def rate(self, epoch: int) -> float:
         """The learning rate of an epoch.
@@ -82,6 +84,8 @@ class Schedule:
         >>> [Schedule(epochs=4, lr=1.0).rate(e) for e in range(4)]
         [1.0, 1.0, 0.1, 0.01]
         """
+        if self.cosine:
+            return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         return self.lr / 10.0 ** sum(epoch >= drop * self.epochs for drop in self.drops)
 
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

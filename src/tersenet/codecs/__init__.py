@@ -16,8 +16,6 @@ from tersenet.codecs.stream import Codec, FormatError, Ints, Unsuited
 __all__ = ["CODECS", "DEFAULT", "Codec", "FormatError", "encode"]
 
 # The order is part of the file format: only ever append.
-CONTEXT = Context()
-
 CODECS: dict[str, Codec] = {
     "bits": Bits(),
     "trits": Trits(),
@@ -26,7 +24,7 @@ CODECS: dict[str, Codec] = {
     "runs": Runs(),
     "rans": Rans(),
     "rans-pairs": RansPairs(),
-    "context": CONTEXT,
+    "context": Context(),
     "deflate": universal.DEFLATE,
     "bzip2": universal.BZIP2,
     "lzma": universal.LZMA,

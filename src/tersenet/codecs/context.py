@@ -1,21 +1,22 @@
-"""Adaptive coding of integer matrices: letters of magnitude by rANS, with contexts from what is already decoded.
+"""Adaptive coding of integer arrays: letters of magnitude by rANS, with contexts from what is already decoded.
 
-A value is one of 16 letters (magnitudes 0..7, half octaves up to 127, "128 and more") with its sign; even bits tell the
-magnitudes of a letter apart. A letter's share is the mean of two adaptive alphabets. Both belong to a prediction of the
-magnitude, on a scale of 24 steps, blended from the running mean of the column over earlier rows and a decaying mean
-along the row; one also knows the left neighbour's magnitude. Each starts from the shares of a Laplace distribution of
-that mean, so small tensors pay little for learning. Signs look at the left and the upper neighbour. How the array is
-laid out as a matrix, the blend and the rates are chosen for each array and cost two bytes.
+A magnitude is one of 16 letters (0..7, half octaves up to 127, "128 and more"); even bits tell the magnitudes of a
+letter apart. The letters' alphabet belongs to a prediction of the magnitude, on a scale of 24 steps, and to the left
+neighbour's magnitude. The prediction blends the mean of the column over earlier rows with a decaying mean along the
+row, which begins where that of the last row of the same place in a kernel has come to. An alphabet is counted,
+leaning on the counts of its prediction alone and those on a Laplace distribution of that mean, so small tensors pay
+little for learning. Signs follow; where it pays, two bytes tell how often a sign is that of its neighbours in the
+kernel. How the array is laid out as a matrix, the blend and the memories are chosen for each array and cost two
+bytes.
 
-DeepCABAC (Wiedemann et al. 2019) and ISO/IEC 15938-17 code binary decisions instead: as small, but a processor guesses
-each of them and starts again when it guessed wrong, which makes decoding a few times slower.
+DeepCABAC (Wiedemann et al. 2019) and ISO/IEC 15938-17 code binary decisions instead: as small, but a processor
+guesses each of them and starts again when it guessed wrong, which makes decoding several times slower.
 """
 
 import bisect
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +25,16 @@ from numpy.typing import NDArray
 from tersenet import native
 from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, unzigzag, zigzag
 
-LEVELS, LEFTS, LETTERS, EXACT, TAIL, COUNTS, PEAK = 24, 4, 16, 8, 128, 512, 15
-WHOLE, LEAST = 32768, 3  # shares are in 1/WHOLE; no letter's tends to less than LEAST
+LEVELS, LEFTS, LETTERS, EXACT, TAIL = 24, 4, 16, 8, 128
+BITS, LEAST = 15, 4  # shares are in 1/2^15; no letter's tends to less than LEAST
+WHOLE = 1 << BITS
+LANES, SMALL, PERIODS = 4, 1024, 64  # rows that are coded at once, from so many values on
+FRESH, KNOWN = 32, 64  # what an alphabet's counts are added to: so much of its parent, of the prior
+CHUNK, MANY = 256, 16  # kernels whose signs are coded side by side, where there are so many
+EVEN = 0x8888  # shares of signs that are as likely
 TRIAL = 1 << 16  # integers that are looked at to choose the model of a larger array
-BANDED = 1 << 20  # matrices of so many integers are coded in two bands
 
-FLOOR = (*range(8), 8, 12, 16, 24, 32, 48, 64, TAIL)  # the least magnitude of each letter
+FLOOR: tuple[int, ...] = (*range(8), 8, 12, 16, 24, 32, 48, 64, TAIL)  # the least magnitude of each letter
 
 # Upper edges of the predicted magnitude in 1/256 for each context: 2^(k/2), so 1/256 .. 11.3.
 _EDGES = [round(2 ** (k / 2)) for k in range(LEVELS - 1)]
@@ -51,158 +56,183 @@ TABLES = LEVEL.ctypes.data, PRIOR.ctypes.data
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        *[(name, ctypes.c_int32) for name in ("low", "high", "slow", "blend", "memory", "settle")],
+        *[(name, ctypes.c_int64) for name in ("rows", "columns", "down", "right", "kernel_rows", "kernel_columns")],
+        *[(name, ctypes.c_int32) for name in ("period", "low", "high", "slow", "blend", "memory", "settle", "signs")],
         *[(name, ctypes.c_void_p) for name in ("level", "prior")],
     ]
 
 
-SLOWS = (7, 6, 8, 9)  # a share moves by 2^-slow of its way in the end
-BLENDS = (8, 4, 12, 0, 16)
-MEMORIES = (3, 2, 4, 5)
-SETTLES = (4, 3, 6, 8)
-CHOICES = (SLOWS, BLENDS, MEMORIES, SETTLES)
+CHOICES = {  # of each setting, the usual one first
+    "layout": (0, 1),
+    "slow": (7, 6, 9, 11),
+    "blend": (8, 4, 12, 0, 16),
+    "memory": (3, 2, 4, 5),
+    "settle": (4, 3, 6, 8),
+    "signs": (0, 1),
+}
+MODELS = math.prod(map(len, CHOICES.values()))
 
 
-class _Job(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_char_p),
-        ("length", ctypes.c_int64),
-        ("model", _Model),
-        ("out", ctypes.c_void_p),
-        ("work", ctypes.c_void_p),
-    ]
+class Matrix(NamedTuple):
+    """How an array is walked: the size of the matrix, the steps in memory, the last two axes, how rows repeat."""
+
+    rows: int
+    columns: int
+    down: int
+    right: int
+    kernel: tuple[int, int]
+    period: int
+
+    @property
+    def lanes(self) -> int:
+        """How many rows are coded at once."""
+        few = self.rows < LANES or self.columns < LANES or self.rows * self.columns < SMALL
+        return 1 if few else LANES
+
+    @property
+    def cells(self) -> int:
+        """Places for all kernels with an empty row and an empty column before each."""
+        high, wide = self.kernel
+        return self.rows * self.columns // (high * wide) * (high + 1) * (wide + 1)
 
 
-@dataclass(frozen=True)
-class Model:
-    """How one array is coded: which axes make the rows, and the indices of its rate, blend and memories."""
+class Model(NamedTuple):
+    """How one array is coded, as indices into `CHOICES`.
 
-    layout: int = 0  # rows are 0: the first axis; 1: all axes but the last; 2: columns of layout 0
+    The rows of `layout` 0 are the first axis, those of 1 all others. Counts are halved at 2^(slow + 1). `blend` is the
+    weight of the column's mean in 1/16. Means of a row and of a column move by 2^-memory and 2^-settle of their way.
+    `signs` is 1 where signs have contexts (`sign_shares`).
+    """
+
+    layout: int = 0
     slow: int = 0
     blend: int = 0
     memory: int = 0
     settle: int = 0
+    signs: int = 0
 
     def number(self) -> int:
-        total, indices = 0, (self.layout, self.slow, self.blend, self.memory, self.settle)
-        for index, size in reversed(list(zip(indices, (3, *map(len, CHOICES)), strict=True))):
-            total = total * size + index
+        total = 0
+        for index, options in zip(reversed(self), reversed(CHOICES.values()), strict=True):
+            total = total * len(options) + index
         return total
 
     @staticmethod
     def of_number(number: int) -> "Model":
         indices = []
-        for size in (3, *map(len, CHOICES)):
-            number, index = divmod(number, size)
+        for options in CHOICES.values():
+            number, index = divmod(number, len(options))
             indices.append(index)
         return Model(*indices)
 
-    def shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of the matrix for an array of this shape.
+    def chosen(self) -> "Model":
+        """The settings themselves in place of their indices."""
+        return Model(*(options[index] for index, options in zip(self, CHOICES.values(), strict=True)))
+
+    def matrix(self, shape: Sequence[int]) -> Matrix:
+        """The matrix for an array of this shape, in which axes of one place do not count.
 
         An array of one axis is one row, or rows of 1024 where that comes out even: means of columns are then few.
         """
-        if len(shape) < 2:
-            size = math.prod(shape)
-            return (size // 1024, 1024) if size and size % 1024 == 0 else (1, size)
-        split = len(shape) - 1 if self.layout == 1 else 1
-        rows, columns = math.prod(shape[:split]), math.prod(shape[split:])
-        return (columns, rows) if self.layout == 2 else (rows, columns)
+        axes = [size for size in shape if size != 1]
+        if len(axes) < 2:
+            size = math.prod(axes)
+            axes = [size // 1024, 1024] if size and size % 1024 == 0 else [1, size]
+        rows, columns, kernel = axes[0], math.prod(axes[1:]), (axes[-2], axes[-1])
+        if self.layout == 0:
+            return Matrix(rows, columns, columns, 1, kernel, 1)
+        period = math.prod(axes[2:])
+        return Matrix(columns, rows, 1, columns, kernel, period if period <= PERIODS else 1)
 
-    def matrix(self, values: Ints) -> NDArray[np.int32]:
-        """The array as the matrix that is walked row by row."""
-        rows, columns = self.shape(values.shape)
-        matrix = values.reshape(columns, rows).T if self.layout == 2 else values.reshape(rows, columns)
-        return np.ascontiguousarray(matrix, np.int32)
-
-    def array(self, matrix: Ints, shape: Sequence[int]) -> Ints:
-        return (matrix.T if self.layout == 2 else matrix).reshape(shape)
-
-    def native(self, size: tuple[int, int], low: int, high: int) -> _Model:
-        indices = (self.slow, self.blend, self.memory, self.settle)
-        chosen = [options[index] for options, index in zip(CHOICES, indices, strict=True)]
-        return _Model(*size, low, high, *chosen, *TABLES)
+    def native(self, matrix: Matrix, low: int, high: int, signs: int) -> _Model:
+        """The same for the C core."""
+        c = self.chosen()
+        settings = (low, high, c.slow, c.blend, c.memory, c.settle, signs)
+        return _Model(*matrix[:4], *matrix.kernel, matrix.period, *settings, *TABLES)
 
 
-def encode_matrix(matrix: NDArray[np.int32], model: Model, low: int, high: int, simd: int | None = None) -> bytes:
-    """The stream of a matrix whose values lie in low..high, low <= 0 <= high; `simd` as for `native.simd`."""
-    simd = native.simd() if simd is None else simd
+def sign_shares(values: NDArray[np.int32], kernel: tuple[int, int]) -> int:
+    """How often a value is negative, in 1/16: four bits each, after (+, 0), (0, +), (+, +), (+, -) left and above.
+
+    After the opposite neighbours it is positive as often.
+    """
+    sign = np.sign(values.reshape(-1, *kernel))
+    left, above = np.zeros_like(sign), np.zeros_like(sign)
+    left[:, :, 1:], above[:, 1:] = sign[:, :, :-1], sign[:, :-1]
+    shares = 0
+    for place, (one, other) in enumerate(((1, 0), (0, 1), (1, 1), (1, -1))):
+        minus = plus = 0
+        for side in (1, -1):
+            found = sign[(left == side * one) & (above == side * other)] * side
+            minus, plus = minus + int((found < 0).sum()), plus + int((found > 0).sum())
+        shares |= (
+            min(max((32 * minus // (minus + plus) + 1) // 2, 1), 15) << 4 * place if minus + plus else 8 << 4 * place
+        )
+    return shares
+
+
+def encode_array(values: NDArray[np.int32], model: Model, low: int, high: int) -> bytes:
+    """The stream of an array whose values lie in low..high, low <= 0 <= high."""
+    if low < 0 and high == 0:
+        values, low, high = np.asarray(-values), 0, -low
+    matrix, head, signs = model.matrix(values.shape), b"", 0
+    if low and model.signs:
+        signs = sign_shares(values, matrix.kernel)
+        head = signs.to_bytes(2, "little")
     if native.library() is None:
-        return _Encoder(matrix, model, low, high).stream()
-    sizes = np.abs(matrix)
-    steps = np.empty(matrix.size + int((sizes >= EXACT).sum()) + 2 * int((sizes >= TAIL).sum()), np.uint32)
-    out = np.empty(2 * steps.size + 8, np.uint8)
-    settings = model.native((matrix.shape[0], matrix.shape[1]), low, high)
-    work = np.empty(2 * matrix.shape[1], np.int32)
-    given = (matrix, ctypes.byref(settings), steps, steps.size, out, out.size, work, np.int32(simd))
-    done = native.call("context_encode", *given)
+        return head + _Encoder(values, matrix, model, low, high, signs).stream()
+    sizes = np.abs(values)
+    steps = values.size + int((sizes > 0).sum()) + int((sizes >= EXACT).sum()) + 2 * int((sizes >= TAIL).sum())
+    listed, out = np.empty(steps, np.uint64), np.empty(2 * steps + 8 * (LANES + 1), np.uint8)
+    given = (listed, listed.size, out, out.size, *_room(matrix, signs))
+    done = native.call("context_encode", values, ctypes.byref(model.native(matrix, low, high, signs)), *given)
     if done is None or done < 0:
         raise RuntimeError(f"context coder failed ({done})")
-    return out[:done].tobytes()
+    return head + out[:done].tobytes()
 
 
-class Coded(NamedTuple):
-    """A stream with what is needed to decode it, and the matrix that it goes to."""
-
-    data: bytes
-    model: Model
-    out: NDArray[np.int32]
-    low: int
-    high: int
-
-
-def decode(streams: Sequence[Coded], simd: int | None = None) -> None:
-    """Fill the streams' matrices, two at a time; raises `FormatError` unless each is exactly one stream."""
+def decode_array(data: bytes, model: Model, shape: Sequence[int], low: int, high: int) -> NDArray[np.int32]:
+    """The array of this shape; raises `FormatError` unless `data` is exactly its stream."""
+    if low < 0 and high == 0:
+        return np.asarray(-decode_array(data, model, shape, 0, -low))
+    matrix, signs = model.matrix(shape), 0
+    if low and model.signs:
+        signs, data = int.from_bytes(data[:2], "little"), data[2:]
     if native.library() is None:
-        for c in streams:
-            _Decoder(c.data).fill(c.out, c.model, c.low, c.high)
-        return
-    simd = native.simd() if simd is None else simd
-    jobs, work = (_Job * len(streams))(), np.empty(2 * sum(c.out.shape[1] for c in streams), np.int32)
-    at = work.ctypes.data
-    for job, c in zip(jobs, sorted(streams, key=lambda c: -c.out.size)):  # the longest first
-        # Bands of a single row lie in one piece of memory too, so every matrix here does.
-        job.data, job.length, job.out, job.work = c.data, len(c.data), c.out.ctypes.data, at
-        job.model = c.model.native((c.out.shape[0], c.out.shape[1]), c.low, c.high)
-        at += 8 * c.out.shape[1]
-    if native.call("context_decode", jobs, len(streams), np.int32(simd)) != len(streams):
+        return _Decoder(data, matrix).array(model, low, high, signs).reshape(shape)
+    out = np.empty(shape, np.int32)
+    given = (ctypes.byref(model.native(matrix, low, high, signs)), out, *_room(matrix, signs))
+    if native.call("context_decode", ctypes.c_char_p(data), len(data), *given) != out.size:
         raise FormatError("a context-coded stream is damaged")
+    return out
 
 
-def bands(matrix: NDArray[np.int32]) -> list[NDArray[np.int32]]:
-    """The parts of a matrix that are streams of their own: two for a large one, which are decoded side by side."""
-    if matrix.size < BANDED:
-        return [matrix]
-    half = matrix.shape[0] // 2 or matrix.shape[1] // 2
-    return [matrix[:half], matrix[half:]] if matrix.shape[0] > 1 else [matrix[:, :half], matrix[:, half:]]
+def _room(matrix: Matrix, signs: int) -> tuple[NDArray[np.uint32], NDArray[np.uint8] | None]:
+    return np.empty(matrix.columns, np.uint32), np.zeros(matrix.cells, np.uint8) if signs else None
 
 
-def choose(values: Ints, low: int, high: int) -> Model:
+def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
     """The model that makes this array smallest, found one setting at a time on at most 2^16 of its integers."""
     sample = values
     if values.size > TRIAL:
-        lines = max(1, TRIAL * values.shape[0] // values.size)
-        sample = values[:lines]
-    layouts = (0, 1, 2) if values.ndim > 2 else (0, 2) if values.ndim == 2 else (0,)
+        sample = values[: max(1, TRIAL * values.shape[0] // values.size)]
     sized: dict[Model, int] = {}
 
     def size(model: Model) -> int:
         if model not in sized:
-            sized[model] = len(encode_matrix(model.matrix(sample), model, low, high))
+            sized[model] = len(encode_array(sample, model, low, high))
         return sized[model]
 
-    best = min((Model(layout) for layout in layouts), key=size)
-    for name, options in (("blend", BLENDS), ("memory", MEMORIES), ("settle", SETTLES), ("slow", SLOWS)):
-        best = min((replace(best, **{name: i}) for i in range(len(options))), key=size)
+    best = Model()
+    for name in ("layout", "signs", "blend", "memory", "settle", "slow"):
+        best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=size)
     return best
 
 
 class Context:
-    """Levels around the most common value, in the layout and with the rates that suit them best."""
+    """Levels around the most common value, in the layout and with the memories that suit them best."""
 
-    pace = 60
+    pace = 130
 
     def encode(self, values: Ints) -> bytes:
         flat, low, high = flat32(values, 1 << 24)
@@ -211,41 +241,24 @@ class Context:
         low, high = low - origin, high - origin
         model = choose(levels, low, high)
         head = put_number(zigzag(origin)) + put_number(-low) + put_number(high) + put_number(model.number())
-        streams = [encode_matrix(band, model, low, high) for band in bands(model.matrix(levels))]
-        return head + b"".join(put_number(len(stream)) for stream in streams[:-1]) + b"".join(streams)
+        return head + encode_array(levels, model, low, high)
 
     def decode(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
-        return self.decode_all([(data, shape, dtype)])[0]
-
-    def decode_all(self, coded: Sequence[tuple[bytes, Sequence[int], np.dtype[Any]]]) -> list[Ints]:
-        """Several arrays at once, each as (bytes, shape, type): faster than one after the other."""
-        streams, matrices = list[Coded](), []
-        for data, shape, dtype in coded:
-            reader = Reader(data)
-            origin = unzigzag(reader.number(1 << 32))
-            low, high = -reader.number(1 << 24), reader.number(1 << 24)
-            model = Model.of_number(reader.number(3 * math.prod(map(len, CHOICES)) - 1))
-            if math.prod(shape) == 0:
-                raise FormatError("an empty array is not context-coded")
-            info = np.iinfo(np.uint8 if dtype == np.bool_ else dtype)
-            most = 1 if dtype == np.bool_ else info.max
-            if low + origin < info.min or high + origin > most or origin >= 1 << 30:
-                raise FormatError(f"a stream holds values that {dtype} cannot")
-            out = np.empty(model.shape(shape), np.int32)
-            parts = bands(out)
-            lengths = [reader.number(reader.left) for _ in parts[:-1]]
-            held = [reader.take(length) for length in lengths] + [reader.rest()]
-            streams += [Coded(stream, model, part, low, high) for stream, part in zip(held, parts, strict=True)]
-            matrices.append((out, origin, model))
-        decode(streams)
-        found = []
-        for (out, origin, model), (_, shape, dtype) in zip(matrices, coded, strict=True):
-            whole = np.uint8 if dtype == np.bool_ else dtype
-            values = out.astype(whole)
-            if origin:  # modulo the width of the type, which every value fits
-                values += np.array(origin).astype(whole)
-            found.append(model.array(values, shape).astype(dtype, copy=False))
-        return found
+        reader = Reader(data)
+        origin = unzigzag(reader.number(1 << 32))
+        low, high = -reader.number(1 << 24), reader.number(1 << 24)
+        model = Model.of_number(reader.number(MODELS - 1))
+        if math.prod(shape) == 0:
+            raise FormatError("an empty array is not context-coded")
+        info = np.iinfo(np.uint8 if dtype == np.bool_ else dtype)
+        most = 1 if dtype == np.bool_ else info.max
+        if low + origin < info.min or high + origin > most or origin >= 1 << 30:
+            raise FormatError(f"a stream holds values that {dtype} cannot")
+        whole = np.uint8 if dtype == np.bool_ else dtype
+        values: Ints = decode_array(reader.rest(), model, shape, low, high).astype(whole)
+        if origin:  # modulo the width of the type, which every value fits
+            values += np.array(origin).astype(whole)
+        return values.astype(dtype, copy=False)
 
 
 def letter_of(size: int) -> int:
@@ -253,158 +266,224 @@ def letter_of(size: int) -> int:
     return bisect.bisect_right(FLOOR, size) - 1
 
 
+class _Counts:
+    """How often letters up to each were seen, halved when that is often enough."""
+
+    def __init__(self) -> None:
+        self.below = np.zeros(LETTERS, np.int64)
+
+    def add(self, fresh: NDArray[np.int64], most: int) -> None:
+        self.below = self.below + fresh >> int(self.below[-1] + fresh[-1] >= most)
+
+
+class _Alphabet:
+    """Where the share of each letter ends."""
+
+    def __init__(self, prior: NDArray[np.float32], far: _Counts, last: int) -> None:
+        self.prior, self.far, self.near = prior, far, _Counts()
+        self.ends = prior.astype(int)[:last].tolist() + [WHOLE] * (LETTERS - last)
+        self.fresh, self.due = [0] * LETTERS, 1
+
+    def renew(self, most: int, last: int) -> None:
+        for counts in (self.near, self.far):
+            counts.add(np.cumsum(self.fresh), most)
+        near, far = self.near.below.astype(np.float32), self.far.below.astype(np.float32)
+        count, free = int(self.near.below[-1]), np.float32(WHOLE - LEAST * (last + 1))
+        lean, least = np.float32(FRESH + count // 2), np.arange(LEAST, LEAST * LETTERS + 1, LEAST, dtype=np.float32)
+        by_own, by_all = np.float32(1) / (lean + near[-1]), np.float32(1) / (np.float32(KNOWN) + far[-1])
+        parent = (np.float32(KNOWN) * self.prior + least * far[-1] + free * far) * by_all
+        ends = (lean * parent + least * near[-1] + free * near) * by_own
+        self.ends = ends.astype(int)[:last].tolist() + [WHOLE] * (LETTERS - last)
+        self.fresh, self.due = [0] * LETTERS, 1 if count < 6 else count // 3
+
+
 class _Walk:
     """The NumPy twin of native/context.c: the same steps in the same order, in Python integers."""
 
-    state = 0
-
-    def narrow(self, start: int, share: int) -> None:
+    def narrow(self, start: int, share: int, lane: int) -> None:
         raise AssertionError("the encoder and the decoder say what a step is")
 
-    def pick(self, value: int, share: int) -> int:
+    def pick(self, value: int, ends: Sequence[int], lane: int) -> int:
+        """The index of the interval that is coded, of those that end at `ends`: the given one, or what was decoded."""
         raise AssertionError("the encoder and the decoder say what a step is")
 
-    def bits(self, value: int, bits: int) -> int:
-        if bits == 0:
-            return 0
-        share = 1 << (16 - bits)
-        value = self.pick(value, share)
-        self.narrow(value * share, share)
+    def code(self, value: int, ends: Sequence[int], lane: int) -> int:
+        value = self.pick(value, ends, lane)
+        start = ends[value - 1] if value else 0
+        self.narrow(start, ends[value] - start, lane)
         return value
 
-    def tail(self, value: int) -> int:
-        bits = self.bits((value + 1).bit_length() - 1, 5)
+    def bits(self, value: int, bits: int, lane: int) -> int:
+        return self.code(value, range(WHOLE >> bits, WHOLE + 1, WHOLE >> bits), lane) if bits else 0
+
+    def rest(self, letter: int, size: int, lane: int) -> int:
+        floor = FLOOR[letter]
+        if letter < LETTERS - 1:
+            end = self.most + 1 if letter == letter_of(self.most) else FLOOR[letter + 1]
+            return floor + self.bits(size - floor, (end - floor - 1).bit_length(), lane)
+        rest = size - floor + 1
+        bits = self.bits(rest.bit_length() - 1, 5, lane)
         if bits > 29:
             return 1 << 30
-        high = max(bits - 15, 0)
-        top = self.bits((value + 1) >> 15 & ((1 << high) - 1), high)
-        low = self.bits((value + 1) & ((1 << (bits - high)) - 1), bits - high)
-        return (1 << bits | top << 15 | low) - 1
+        high = max(bits - 14, 0)
+        top = self.bits(rest >> 14 & ((1 << high) - 1), high, lane)
+        low = self.bits(rest & ((1 << (bits - high)) - 1), bits - high, lane)
+        return TAIL + (1 << bits | top << 14 | low) - 1
 
-    def letter(self, ends: NDArray[np.int32], size: int) -> int:
-        raise AssertionError("the encoder and the decoder say what a step is")
+    def walk(self, values: list[int], matrix: Matrix, model: Model, low: int, high: int, signs: int) -> None:
+        self.most = max(high, -low)
+        self.sizes(values, matrix, model.chosen())
+        if low < 0:
+            self.signs(values, matrix, signs)
+        if min(values) < low or max(values) > high:
+            raise FormatError("a context-coded stream is damaged")
 
-    def minus(self, start: int, split: int, negative: int) -> int:
-        raise AssertionError("the encoder and the decoder say what a step is")
+    def sizes(self, values: list[int], matrix: Matrix, chosen: Model) -> None:
+        rows, columns, lanes, period = matrix.rows, matrix.columns, matrix.lanes, matrix.period
+        blend, memory, least = chosen.blend, 65536 >> chosen.memory, 4096 >> chosen.settle
+        last, most = max(letter_of(self.most), 1), 2 << chosen.slow  # no share may be the whole
+        levels = []
+        for prior in PRIOR.astype(np.float32) + np.float32(WHOLE):
+            far = _Counts()
+            levels.append([_Alphabet(prior, far, last) for _ in range(LEFTS)])
+        mean, start = [32768] * columns, [32768] * PERIODS
+        for first in range(0, rows, lanes):
+            active = range(min(lanes, rows - first))
+            settle = [max(4096 // (first + lane + 2), least) for lane in active]
+            row = [start[(first + lane) % period] for lane in active]
+            older, beside = list(row), [0 for _ in active]
+            for t in range(columns + len(active) - 1):
+                now = [lane for lane in active if 0 <= t - lane < columns]
+                for together in [now] if len(now) == LANES else [[lane] for lane in now]:
+                    coded = []
+                    for lane in together:
+                        level = int(LEVEL[older[lane] * (16 - blend) + mean[t - lane] * blend >> 12])
+                        alphabet = levels[level][min(beside[lane], LEFTS - 1)]
+                        at = (first + lane) * matrix.down + (t - lane) * matrix.right
+                        coded.append((lane, at, alphabet, alphabet.ends))
+                    letters = []
+                    for lane, at, alphabet, ends in coded:
+                        letters.append(self.code(letter_of(abs(values[at])), ends, lane))
+                        alphabet.fresh[letters[-1]] += 1
+                    for (lane, at, alphabet, _), seen in zip(coded, letters, strict=True):
+                        size = self.rest(seen, abs(values[at]), lane) if seen >= EXACT else seen
+                        self.keep(values, at, size)
+                        alphabet.due -= 1
+                        if alphabet.due == 0:
+                            alphabet.renew(most, last)
+                        j = t - lane
+                        mean[j] += (seen * settle[lane] << 4) - (mean[j] * settle[lane] >> 12)
+                        beside[lane], older[lane] = seen, row[lane]
+                        row[lane] += seen * memory - (row[lane] * memory >> 16)
+            for lane in active:
+                start[(first + lane) % period] = (3 * start[(first + lane) % period] + row[lane]) // 4
 
-    def learn(self, alphabet: list[Any], letter: int) -> None:
-        ends, count = alphabet
-        rate = max(32768 // (count + 16), self.least)
-        alphabet[:] = ends + ((self.targets[letter] - ends) * rate + 16384 >> 15), min(count + 1, COUNTS - 1)
+    def keep(self, values: list[int], at: int, size: int) -> None:
+        """Write down a decoded magnitude; the encoder knows it."""
 
-    def value(self, alphabets: tuple[list[Any], list[Any]], signs: list[int], sign: int, given: int) -> tuple[int, int]:
-        ends = alphabets[0][0] + alphabets[1][0] + 1 >> 1
-        letter = self.letter(ends, abs(given))
-        before = int(ends[letter - 1]) if letter else -WHOLE
-        start, share, negative = 2 * (before + WHOLE), 2 * (int(ends[letter]) - before), 0
-        if letter and FLOOR[letter] <= min(self.high, -self.low):
-            split = ((share - 2) * signs[sign] >> 16) + 1
-            negative = self.minus(start, split, int(given < 0))
-            start, share = (start, split) if negative else (start + split, share - split)
-            signs[sign] += ((65535 if negative else 0) - signs[sign]) >> 6
-        self.narrow(start, share)
-        for alphabet in alphabets:
-            self.learn(alphabet, letter)
-        rest = abs(given) - FLOOR[letter] if letter >= EXACT else 0
-        if letter == LETTERS - 1:
-            rest = self.tail(rest)
-        elif letter >= EXACT:
-            end = self.most + 1 if letter == letter_of(self.most) else FLOOR[letter + 1]
-            rest = self.bits(rest, (end - FLOOR[letter] - 1).bit_length())
-        return FLOOR[letter] + rest, negative or int(FLOOR[letter] > self.high)
-
-    def walk(self, matrix: NDArray[np.int32], model: Model, low: int, high: int) -> None:
-        blend, memory = BLENDS[model.blend], MEMORIES[model.memory]
-        self.low, self.high, self.most = low, high, max(high, -low)
-        self.least, least = 32768 >> SLOWS[model.slow], 65536 >> SETTLES[model.settle]
-        last = max(letter_of(self.most), 1)  # no share may be the whole, which takes 17 bits
-        first = np.where(last <= _PLACES, 0, PRIOR.astype(np.int32))
-        tails, heads = LEAST * np.minimum(_PLACES - last, 0), LEAST * (_PLACES + 1) - WHOLE
-        self.targets = [np.where(min(k, last) > _PLACES, heads, tails) for k in range(LETTERS)]
-        far = [[row, 0] for row in first]
-        near = [[[row, 0] for _ in range(LEFTS)] for row in first]
-        signs = [32768] * 9
-        column, above = [32768] * matrix.shape[1], [0] * matrix.shape[1]
-        row = older = 32768  # predictions see the row's mean without the left neighbour
-        for i, line in enumerate(matrix):
-            settle, left = max(65536 // (i + 2) if i < 65536 else 0, least), 0
-            values = line.tolist()
-            for j, given in enumerate(values):
-                mean = column[j]
-                level = int(LEVEL[older + ((mean - older) * blend >> 4) >> 8])
-                sign = 3 * ((left > 0) + 2 * (left < 0)) + (above[j] > 0) + 2 * (above[j] < 0)
-                alphabets = (far[level], near[level][min(abs(left), LEFTS - 1)])
-                size, negative = self.value(alphabets, signs, sign, given)
-                if size > (-low if negative else high):
-                    raise FormatError("a context-coded stream is damaged")
-                values[j] = left = -size if negative else size
-                seen = min(size, PEAK) << 16
-                column[j] = mean + ((seen - mean) * settle >> 16)
-                older = row
-                row += (seen - row) >> memory
-            matrix[i] = above = values
+    def signs(self, values: list[int], matrix: Matrix, shares: int) -> None:
+        (high, wide), turn, around, told = matrix.kernel, 0, [0] * matrix.cells, shares or EVEN
+        known = dict(zip(((1, 0), (0, 1), (1, 1), (1, -1)), ((told >> 4 * k & 15) for k in range(4)), strict=True))
+        known |= {(-left, -above): 16 - share for (left, above), share in known.items()} | {(0, 0): 8}
+        for at in _order(matrix, shares):
+            if values[at] == 0:
+                continue
+            kernel, place = divmod(at, high * wide)
+            own = (kernel * (high + 1) + 1 + place // wide) * (wide + 1) + 1 + place % wide
+            split = known[around[own - 1], around[own - wide - 1]] * (WHOLE // 16)
+            around[own] = 2 * self.code(int(values[at] > 0), (split, WHOLE), turn) - 1
+            self.keep(values, at, abs(values[at]) * around[own])
+            turn = (turn + 1) % matrix.lanes
 
 
-_PLACES = np.arange(LETTERS, dtype=np.int32)
+def _order(matrix: Matrix, shares: int) -> list[int]:
+    """The order in which signs are coded: the same place of up to 256 kernels, then the next."""
+    (high, wide), size = matrix.kernel, matrix.rows * matrix.columns
+    kernels = size // (high * wide)
+    if kernels < MANY or not shares:
+        return list(range(size))
+    blocks = np.split(np.arange(size).reshape(kernels, high * wide), range(CHUNK, kernels, CHUNK))
+    return [int(at) for block in blocks for at in block.T.reshape(-1)]
 
 
 class _Encoder(_Walk):
-    def __init__(self, matrix: NDArray[np.int32], model: Model, low: int, high: int) -> None:
-        self.steps: list[tuple[int, int]] = []
-        self.walk(matrix.copy(), model, low, high)
+    def __init__(
+        self, values: NDArray[np.int32], matrix: Matrix, model: Model, low: int, high: int, signs: int
+    ) -> None:
+        self.steps: list[tuple[int, int, int]] = []
+        self.lanes = matrix.lanes
+        self.walk(values.reshape(-1).tolist(), matrix, model, low, high, signs)
 
-    def narrow(self, start: int, share: int) -> None:
-        self.steps.append((start, share))
+    def narrow(self, start: int, share: int, lane: int) -> None:
+        self.steps.append((start, share, lane))
 
-    def pick(self, value: int, share: int) -> int:
+    def pick(self, value: int, ends: Sequence[int], lane: int) -> int:
         return value
 
-    def letter(self, ends: NDArray[np.int32], size: int) -> int:
-        return letter_of(size)
-
-    def minus(self, start: int, split: int, negative: int) -> int:
-        return negative
-
     def stream(self) -> bytes:
-        """The state as it is, then the words in the order of decoding."""
-        state, words = 0, list[bytes]()
-        for start, share in reversed(self.steps):
-            if state >> 48 >= share:
+        """The states as they are, with their lengths where there are several, then the words in order of decoding.
+
+        A lane that has not come to 32 bits when another sends its first word begins at 2^32, or the decoder would take
+        that word for it.
+        """
+        first = [0] * self.lanes
+        while (found := self._states(first)) is None:
+            pass
+        states, words = found
+        held = [state.to_bytes((state.bit_length() + 7) // 8, "little") for state in states]
+        lengths = sum(len(state) << 4 * lane for lane, state in enumerate(held)).to_bytes(2, "little")
+        return (lengths if self.lanes > 1 else b"") + b"".join(held) + b"".join(reversed(words))
+
+    def _states(self, first: list[int]) -> tuple[list[int], list[bytes]] | None:
+        states, words = list(first), list[bytes]()
+        for start, share, lane in reversed(self.steps):
+            state = states[lane]
+            if state >> 64 - BITS >= share:
+                if not words and (low := [k for k, other in enumerate(states) if other >> 32 == 0]):
+                    for k in low:
+                        first[k] = 1 << 32
+                    return None
                 words.append((state & 0xFFFFFFFF).to_bytes(4, "little"))
                 state >>= 32
-            slot = state % share + start  # its lowest bit goes on top, which saves the decoder a step
-            state = state // share << 16 | slot >> 1 | (slot & 1) << 15
-        return state.to_bytes((state.bit_length() + 7) // 8, "little") + b"".join(reversed(words))
+            states[lane] = (state // share << BITS) + state % share + start
+        return states, words
 
 
 class _Decoder(_Walk):
-    def __init__(self, data: bytes) -> None:
-        self.at = len(data) if len(data) <= 8 else 5 + (len(data) - 5) % 4
-        if self.at and data[self.at - 1] == 0:
+    def __init__(self, data: bytes, matrix: Matrix) -> None:
+        self.data, self.matrix, self.at = data, matrix, 0
+        lengths = [len(data) if len(data) <= 8 else 5 + (len(data) - 5) % 4]
+        if matrix.lanes > 1:
+            head, self.at = int.from_bytes(data[:2], "little"), 2
+            lengths = [head >> 4 * lane & 15 for lane in range(matrix.lanes)]
+        self.states = []
+        for length in lengths:
+            held = data[self.at : self.at + length]
+            if length > 8 or len(held) < length or (held and held[-1] == 0):
+                raise FormatError("a context-coded stream is damaged")
+            self.states.append(int.from_bytes(held, "little"))
+            self.at += length
+        if (len(data) - self.at) % 4:
             raise FormatError("a context-coded stream is damaged")
-        self.data, self.state = data, int.from_bytes(data[: self.at], "little")
 
-    @property
-    def slot(self) -> int:
-        return (self.state & (WHOLE - 1)) << 1 | self.state >> 15 & 1
-
-    def narrow(self, start: int, share: int) -> None:
-        x = share * (self.state >> 16) + self.slot - start
+    def narrow(self, start: int, share: int, lane: int) -> None:
+        state = self.states[lane]
+        x = share * (state >> BITS) + (state & (WHOLE - 1)) - start
         if x < 1 << 32 and self.at < len(self.data):
             x = x << 32 | int.from_bytes(self.data[self.at : self.at + 4], "little")
             self.at += 4
-        self.state = x
+        self.states[lane] = x
 
-    def pick(self, value: int, share: int) -> int:
-        return self.slot // share
+    def pick(self, value: int, ends: Sequence[int], lane: int) -> int:
+        return bisect.bisect_right(ends, self.states[lane] & (WHOLE - 1))
 
-    def letter(self, ends: NDArray[np.int32], size: int) -> int:
-        return int((ends <= (self.slot >> 1) - WHOLE).sum())
+    def keep(self, values: list[int], at: int, size: int) -> None:
+        values[at] = size
 
-    def minus(self, start: int, split: int, negative: int) -> int:
-        return int(self.slot - start < split)
-
-    def fill(self, out: NDArray[np.int32], model: Model, low: int, high: int) -> None:
-        self.walk(out, model, low, high)
-        if self.state or self.at < len(self.data):
+    def array(self, model: Model, low: int, high: int, signs: int) -> NDArray[np.int32]:
+        values = [0] * (self.matrix.rows * self.matrix.columns)
+        self.walk(values, self.matrix, model, low, high, signs)
+        begun = (0,) if len(self.states) == 1 else (0, 1 << 32)
+        if self.at < len(self.data) or any(state not in begun for state in self.states):
             raise FormatError("a context-coded stream is damaged")
+        return np.array(values, np.int32)

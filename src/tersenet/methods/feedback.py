@@ -85,8 +85,8 @@ def waterfilled(metric: Metric, c: float, places: int) -> Steps:
     return Steps(scale, *clipped)
 
 
-def levels(w: Array, metric: Metric, steps: tuple[Array, Array], rate: float) -> Array:
-    """Integers [groups, rows, n] for weights of that shape, with error feedback.
+def levels(w: Array, metric: Metric, steps: tuple[Array, Array], rate: float, kept: Array | None = None) -> Array:
+    """Integers [groups, rows, n] for weights of that shape, with error feedback; 0 where `kept` is not set.
 
     The step of a weight is the product of its row's, steps[0] [groups, rows], and its column's, steps[1] [n] or [1].
     `rate` weighs bits against distortion: at 1 a bit is worth what it is worth at high rate, step^2 ln 2 / 6. With
@@ -102,7 +102,8 @@ def levels(w: Array, metric: Metric, steps: tuple[Array, Array], rate: float) ->
         outputs = None
         if metric.outputs.ndim == 3:
             outputs = np.ascontiguousarray(metric.outputs[g] / np.diagonal(metric.outputs[g]))
-        q[g] = _fed_back(whitened, np.ascontiguousarray(inputs), outputs, (steps[1], steps[0][g], one, more)).T
+        mask = None if kept is None else np.ascontiguousarray(kept[g].T)
+        q[g] = _fed_back(whitened, np.ascontiguousarray(inputs), outputs, (steps[1], steps[0][g], one, more), mask).T
     return q
 
 
@@ -130,38 +131,45 @@ class _Steps(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("column", "row", "edge", "one", "more")],
         ("contexts", ctypes.c_int32),
         ("highest", ctypes.c_double),
+        ("kept", ctypes.c_void_p),
     ]
 
 
-def _fed_back(whitened: Array, inputs: Array, outputs: Array | None, steps: tuple[Array, ...]) -> Array:
-    """Levels [n, rows]; `whitened` is used up."""
+def _fed_back(
+    whitened: Array, inputs: Array, outputs: Array | None, steps: tuple[Array, ...], kept: Array | None
+) -> Array:
+    """Levels [n, rows], 0 outside the boolean `kept` [n, rows]; `whitened` is used up."""
     column, row, one, more = (np.ascontiguousarray(part, np.float64) for part in steps)
     n, m = whitened.shape
     found = np.zeros((n, m), np.int32)
-    settings = _Steps(n, m, *(part.ctypes.data for part in (column, row, EDGES, one, more)), len(MEANS), HIGHEST)
+    tables = (part.ctypes.data for part in (column, row, EDGES, one, more))
+    settings = _Steps(n, m, *tables, len(MEANS), HIGHEST, None if kept is None else kept.ctypes.data)
     given = (whitened, inputs, outputs, ctypes.byref(settings), found, np.empty(2 * m))
     done = native.call("feedback", *given)
     if done is None:
-        return _fed_back_slowly(whitened, inputs, outputs, (column, row, one, more))
+        return _fed_back_slowly(whitened, inputs, outputs, (column, row, one, more), kept)
     if done != found.size:
         raise RuntimeError(f"error feedback failed ({done})")
     return found
 
 
-def _fed_back_slowly(whitened: Array, inputs: Array, outputs: Array | None, steps: tuple[Array, ...]) -> Array:
+def _fed_back_slowly(
+    whitened: Array, inputs: Array, outputs: Array | None, steps: tuple[Array, ...], kept: Array | None
+) -> Array:
     column, row, one, more = steps
     found = np.zeros(whitened.shape, np.int32)
+    kept = np.ones(whitened.shape, bool) if kept is None else kept
     for j in reversed(range(len(whitened))):
         step, own = row * column[j], inputs[j, j]
-        mean = np.cumsum(np.abs(whitened[j] / (own * step)))[-1] / len(row)  # in the order of the C core
+        mean = np.cumsum(np.abs(whitened[j] / (own * step)) * kept[j])[-1] / len(row)  # in the order of the C core
         if outputs is None:
             x = whitened[j] / (own * step)
-            found[j] = np.copysign(rounded(np.abs(x), mean, one, more), x)
+            found[j] = np.copysign(rounded(np.abs(x), mean, one, more), x) * kept[j]
         else:
             carried = np.zeros(len(row))
             for i in reversed(range(len(row))):
                 x = (whitened[j, i] + carried[i]) / (own * step[i])
-                found[j, i] = np.copysign(rounded(np.abs(x), mean, one, more), x)
+                found[j, i] = np.copysign(rounded(np.abs(x), mean, one, more), x) * kept[j, i]
                 carried[:i] += outputs[i, :i] * (whitened[j, i] - found[j, i] * step[i] * own)
         whitened[:j] -= inputs[j, :j, None] * (found[j] * step)
     return found

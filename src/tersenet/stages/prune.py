@@ -107,7 +107,7 @@ def retrained(draft: Draft, task: Task, kind: str, epochs: int, seed: int, label
     schedule = task.schedule
     if kind == "finetune":
         last = schedule.rate(schedule.epochs - 1)
-        schedule = replace(schedule, lr=last, drops=(), epochs=epochs)
+        schedule = replace(schedule, lr=last, drops=(), cosine=False, epochs=epochs)
     if kind == "random":
         epochs, draft = schedule.epochs, reinitialized(draft, seed)
     begin = schedule.epochs - epochs

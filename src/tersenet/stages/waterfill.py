@@ -3,7 +3,8 @@
 The step of weight (i, j) of a layer is c / (R_ii L_jj): A = L L^T from the layer's inputs in the DCT domain of its
 kernels, G = R R^T from its output gradients, both damped. One number, c, sets size and accuracy of the whole network
 and so settles what each layer and row gets. BatchNorm is first folded to a scale and a shift, and its scale into the
-convolution before it; the shifts and all biases are quantized by the same rule.
+convolution before it; the shifts and all biases are quantized by the same rule. Weights that were pruned before stay
+zero; their layers are not transformed.
 """
 
 import math
@@ -19,7 +20,7 @@ from tersenet import artifact
 from tersenet.calibrate import Moments, moments
 from tersenet.methods.feedback import Metric, levels, tree_of, waterfilled
 from tersenet.methods.transform import spatial
-from tersenet.packed import Tree, Uniform, kernel_dct, narrowed
+from tersenet.packed import Sparse, Tree, Uniform, kernel_dct, narrowed
 from tersenet.recipe import Draft, dense_array
 from tersenet.task import Task, one_thread
 
@@ -59,6 +60,7 @@ class Layer:
     shape: tuple[int, ...]
     transformed: bool
     bias: str | None
+    kept: np.ndarray | None = None  # [groups, rows, n], where the weight was pruned before: the rest stays zero
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Prepared:
         biases = {name: dense_array(self.draft.tensors[name]).astype(np.float64) for name in self.shifts}
         for layer in self.layers:
             steps = waterfilled(layer.metric, c, math.prod(layer.shape[2:]))
-            q = levels(layer.weight, layer.metric, steps.parts(), rate)
+            q = levels(layer.weight, layer.metric, steps.parts(), rate, layer.kept)
             trees[layer.name] = tree_of(q, steps, layer.shape, layer.transformed)
             if layer.bias is not None:
                 biases[layer.bias] += ((layer.weight - q * steps.dense()) @ layer.means[..., None]).reshape(-1)
@@ -130,10 +132,9 @@ def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
     layers, shifts = [], {}
     with one_thread():
         for name in draft.weights():
-            w = dense_array(draft.tensors[name])
-            if w.size >= SMALL:
+            if math.prod(draft.tensors[name].tree.shape) >= SMALL:
                 bias = biases.get(name) if name in found else None
-                layers.append(_layer(name, torch.from_numpy(w).double(), found.get(name), damping or Damping(), bias))
+                layers.append(_layer(name, draft.tensors[name], found.get(name), damping or Damping(), bias))
     feeding = {bias: weight for weight, bias in biases.items()}
     for name in sorted(draft.trainable & set(draft.tensors)):
         tensor = draft.tensors[name]
@@ -148,11 +149,13 @@ def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
     return Prepared(draft, layers, shifts)
 
 
-def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: str | None) -> Layer:
+def _layer(name: str, tensor: artifact.Tensor, known: Moments | None, damping: Damping, bias: str | None) -> Layer:
+    w = torch.from_numpy(dense_array(tensor)).double()
     shape, groups = tuple(w.shape), 1 if known is None else len(known.inputs)
     flat = w.reshape(groups, shape[0] // groups, -1)
     n = flat.shape[2]
-    transformed = spatial(shape)
+    kept = tensor.tree.mask.reshape(flat.shape) if isinstance(tensor.tree, Sparse) else None
+    transformed = spatial(shape) and kept is None
     t = torch.from_numpy(kernel_dct(*shape[2:]).copy()) if transformed else torch.eye(1, dtype=torch.double)
     k = len(t)
     flat = (flat.reshape(-1, k) @ t.T).reshape(flat.shape)
@@ -173,7 +176,7 @@ def _layer(name: str, w: Array, known: Moments | None, damping: Damping, bias: s
     g = torch.stack([known.outputs[at : at + m, at : at + m] for at in range(0, shape[0], m)])
     g = g + (damping.rows * known.outputs.diagonal().mean() + 1e-30) * torch.eye(m)
     metric = Metric(_factor(a).numpy(), _factor(g).numpy())
-    return Layer(name, flat.numpy(), metric, means.numpy(), shape, transformed, bias)
+    return Layer(name, flat.numpy(), metric, means.numpy(), shape, transformed, bias, kept)
 
 
 def _factor(a: Array) -> Array:
@@ -214,7 +217,9 @@ def folded(draft: Draft, x: Array) -> tuple[Draft, dict[str, str]]:
             for part in ("weight", "bias", "running_mean", "running_var")
         )
         scale = gamma / np.sqrt(var + norm.eps)
-        trees[f"{conv_name}.weight"] = (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
+        weight = (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
+        tree = draft.tensors[f"{conv_name}.weight"].tree
+        trees[f"{conv_name}.weight"] = Sparse(tree.mask, weight[tree.mask]) if isinstance(tree, Sparse) else weight
         trees[f"{norm_name}.bias"] = (beta - mean * scale).astype(np.float32)
         for part, value in (("weight", 1), ("running_mean", 0), ("running_var", 1 - norm.eps)):
             trees[f"{norm_name}.{part}"] = np.full(len(scale), value, np.float32)

@@ -1,2 +1,0 @@
-/* context.c once more, compiled for AVX2 (see CMakeLists.txt). */
-#include "context.c"
