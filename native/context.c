@@ -65,10 +65,9 @@ typedef struct {
  * (`older`), which chooses among the alphabets of that level instead. */
 typedef struct {
     uint64_t state[LANES];
-    uint32_t row[LANES], older[LANES], settle[LANES];
-    int32_t beside[LANES];
+    int64_t row[LANES]; int32_t older[LANES], settle[LANES]; int64_t beside[LANES];
     int32_t *line[LANES]; /* a lane's row, moved back by as many columns as the lane lags behind */
-    uint32_t *mean;       /* of the columns */
+    int32_t *mean;        /* of the columns */
 } lanes;
 
 /* The least magnitude of each letter. */
@@ -191,11 +190,12 @@ INLINE void step(stream *c, estimates *s, const terse_model *m, lanes *v, int64_
                  const int32_t decode) {
     alphabet *a[LANES];
     int64_t letter[LANES], place = t * m->right;
-    uint32_t *mean = v->mean + t, size[LANES], blend = (uint32_t)m->blend;
-    const uint64_t memory = 65536 >> m->memory;
+    int32_t *mean = v->mean + t, blend = m->blend;
+    uint32_t size[LANES];
+    const int64_t memory = 65536 >> m->memory;
 #pragma GCC unroll 4
     for (int64_t l = from; l < to; l++) {
-        alphabet *level = s->at[m->level[(v->older[l] * (16 - blend) + mean[-l] * blend) >> 12]];
+        alphabet *level = s->at[m->level[(uint32_t)(v->older[l] * (16 - blend) + mean[-l] * blend) >> 12]];
         a[l] = (alphabet *)((char *)level + v->beside[l]);
         KEEP(a[l]);
         if (!decode) {
@@ -226,7 +226,8 @@ INLINE void step(stream *c, estimates *s, const terse_model *m, lanes *v, int64_
     }
 #pragma GCC unroll 4
     for (int64_t l = from; l < to; l++) {
-        uint32_t seen = (uint32_t)letter[l], rate = v->settle[l], found = seen;
+        uint32_t seen = (uint32_t)letter[l], found = seen;
+        int32_t goal = (int32_t)seen << 16;
         v->beside[l] = s->offset[seen];
         if (__builtin_expect(seen >= EXACT, 0)) {
             uint64_t lent = v->state[l]; /* a copy whose address is taken, so that the state can stay in a register */
@@ -235,9 +236,9 @@ INLINE void step(stream *c, estimates *s, const terse_model *m, lanes *v, int64_
         }
         if (decode) v->line[l][place] = (int32_t)found;
         if (__builtin_expect(--a[l]->due == 0, 0)) renew(s, a[l]);
-        mean[-l] += (seen * rate << 4) - (mean[-l] * rate >> 12);
-        v->older[l] = v->row[l];
-        v->row[l] += (uint32_t)(seen * memory) - (uint32_t)(v->row[l] * memory >> 16);
+        mean[-l] += (goal - mean[-l]) * v->settle[l] >> 12;
+        v->older[l] = (int32_t)v->row[l];
+        v->row[l] += ((goal - v->row[l]) * memory >> 16);
     }
 }
 
@@ -245,13 +246,13 @@ INLINE int64_t lanes_of(const terse_model *m) {
     return m->rows < LANES || m->columns < LANES || m->rows * m->columns < SMALL ? 1 : LANES;
 }
 
-INLINE void code_sizes(stream *given, estimates *s, const terse_model *model, int32_t *values, lanes *rows, uint32_t *mean,
+INLINE void code_sizes(stream *given, estimates *s, const terse_model *model, int32_t *values, lanes *rows, int32_t *mean,
                        const int32_t decode) {
     terse_model m = *model; /* copies whose addresses are not taken */
     stream c = *given;
     lanes v = *rows;
     const int64_t most = lanes_of(&m);
-    uint32_t start[PERIODS]; /* where a row's mean begins: where that of the row `period` before has come to */
+    int32_t start[PERIODS]; /* where a row's mean begins: where that of the row `period` before has come to */
     for (int32_t k = 0; k < PERIODS; k++) start[k] = 32768;
     for (int64_t j = 0; j < m.columns; j++) mean[j] = 32768;
     v.mean = mean;
@@ -259,7 +260,7 @@ INLINE void code_sizes(stream *given, estimates *s, const terse_model *model, in
         const int64_t active = m.rows - i < most ? m.rows - i : most, steps = m.columns + active - 1;
         for (int64_t l = 0; l < active; l++) {
             int64_t settle = 4096 / (i + l + 2), least = 4096 >> m.settle;
-            v.settle[l] = (uint32_t)(settle > least ? settle : least);
+            v.settle[l] = (int32_t)(settle > least ? settle : least);
             v.line[l] = values + (i + l) * m.down - l * m.right;
             v.beside[l] = 0;
             v.row[l] = v.older[l] = start[(i + l) % m.period];
@@ -274,7 +275,7 @@ INLINE void code_sizes(stream *given, estimates *s, const terse_model *model, in
             }
         }
         for (int64_t l = 0; l < active; l++) {
-            uint32_t *kept = &start[(i + l) % m.period];
+            int32_t *kept = &start[(i + l) % m.period];
             *kept = (3 * *kept + v.row[l]) / 4;
         }
     }
@@ -282,22 +283,28 @@ INLINE void code_sizes(stream *given, estimates *s, const terse_model *model, in
     *rows = v;
 }
 
-/* Values that lie a step apart, and the place of the first in `around` with the step there. */
+/* Values that lie a step apart: places in the array, and from bit 32 in `around`. */
 typedef struct {
-    int64_t first, step, count, around, apart;
+    uint64_t first, step;
+    int64_t count;
 } run;
+
+INLINE uint64_t both(int64_t place, int64_t around) {
+    return (uint64_t)place | (uint64_t)around << 32;
+}
 
 /* The signs of those of a run that are not zero, by turns of the lanes; returns whose turn is next. */
 INLINE int64_t code_run(stream *c, lanes *v, int64_t turn, const run *r, int32_t *values, uint8_t *around, int64_t wide,
                         const int64_t *split, int64_t turns, const int32_t decode) {
-    int64_t place[CHUNK + 1], n = 0, at = r->first;
+    uint64_t place[CHUNK + 1], at = r->first;
+    int64_t n = 0;
     for (int64_t k = 0; k < r->count; k++, at += r->step) {
-        place[n] = k;
-        n += values[at] != 0;
+        place[n] = at;
+        n += values[(uint32_t)at] != 0;
     }
     for (int64_t k = 0; k < n; k++, turn = (turn + 1) & turns) {
-        int32_t *value = values + r->first + place[k] * r->step;
-        uint8_t *own = around ? around + r->around + place[k] * r->apart : 0;
+        int32_t *value = values + (uint32_t)place[k];
+        uint8_t *own = around ? around + (place[k] >> 32) : 0;
         int64_t share = split[around ? own[-1] << 2 | own[-wide] : 0], minus = -(int64_t)(*value < 0);
         if (decode) {
             uint64_t state = v->state[turn];
@@ -330,8 +337,8 @@ INLINE void code_signs(stream *given, const terse_model *m, int32_t *values, lan
     for (int64_t first = 0; first < all; first += many ? CHUNK : 1) {
         for (int64_t y = 0; y < high; y++) {
             for (int64_t x = 0; x < wide; x += many ? 1 : CHUNK) {
-                run r = {first * size + y * wide + x, many ? size : 1, many ? all - first : wide - x,
-                         first * padded + (y + 1) * across + x + 1, many ? padded : 1};
+                run r = {both(first * size + y * wide + x, first * padded + (y + 1) * across + x + 1),
+                         both(many ? size : 1, many ? padded : 1), many ? all - first : wide - x};
                 if (r.count > CHUNK) r.count = CHUNK;
                 turn = code_run(&c, &w, turn, &r, values, around, across, split, turns, decode);
             }
@@ -358,7 +365,7 @@ static int64_t begin_lanes(lanes *v, estimates *s, const terse_model *m) {
     if (m->rows < 1 || m->columns < 1 || m->low > 0 || m->high < 0 || m->low < -(1 << 30) || m->high > 1 << 30 ||
         m->kernel_rows < 1 || m->kernel_columns < 1 || m->period < 1 || m->period > PERIODS || m->blend < 0 ||
         m->blend > 16 || m->slow < 4 || m->slow > 12 || m->memory < 0 || m->memory > 15 || m->settle < 0 ||
-        m->settle > 8)
+        m->settle > 8 || m->rows > INT32_MAX / 4 / m->columns)
         return TERSE_EARGUMENT;
     memset(v, 0, sizeof *v);
     begin(s, m);
@@ -366,7 +373,7 @@ static int64_t begin_lanes(lanes *v, estimates *s, const terse_model *m) {
 }
 
 int64_t terse_context_encode(const int32_t *in, const terse_model *m, uint64_t *listed, int64_t room, uint8_t *out,
-                             int64_t capacity, uint32_t *mean, uint8_t *around) {
+                             int64_t capacity, int32_t *mean, uint8_t *around) {
     estimates s;
     lanes v;
     int64_t error = begin_lanes(&v, &s, m), at, count = lanes_of(m);
@@ -408,7 +415,7 @@ again:
     return capacity - at;
 }
 
-int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *m, int32_t *out, uint32_t *mean,
+int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *m, int32_t *out, int32_t *mean,
                              uint8_t *around) {
     estimates s;
     lanes v;

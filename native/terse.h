@@ -77,9 +77,9 @@ typedef struct {
  * up, and two more from 128. `mean` has room for each column; `around`, zeros, for all kernels with a row and a column
  * more each, NULL where signs have no contexts. Returns the bytes written, or an error. */
 TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint64_t *list, int64_t listed,
-                                       uint8_t *out, int64_t capacity, uint32_t *mean, uint8_t *around);
+                                       uint8_t *out, int64_t capacity, int32_t *mean, uint8_t *around);
 TERSE_API int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *model, int32_t *out,
-                                       uint32_t *mean, uint8_t *around);
+                                       int32_t *mean, uint8_t *around);
 
 /* feedback.py: levels for `whitened` [columns][rows], which is used up, from L [columns][columns] of the inputs and, or
  * NULL, the outputs' L [rows][rows] with each column divided by its diagonal; `work` has room for 2 * rows. */

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersenet import native
-from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, unzigzag, zigzag
+from tersenet.codecs.stream import FormatError, Ints, Reader, Unsuited, flat32, put_number, unzigzag, zigzag
 
 LEVELS, LEFTS, LETTERS, EXACT, TAIL = 24, 4, 16, 8, 128
 BITS, LEAST = 15, 4  # shares are in 1/2^15; no letter's tends to less than LEAST
@@ -31,6 +31,7 @@ WHOLE = 1 << BITS
 LANES, SMALL, PERIODS = 4, 1024, 64  # rows that are coded at once, from so many values on
 FRESH, KNOWN = 32, 64  # what an alphabet's counts are added to: so much of its parent, of the prior
 CHUNK, MANY = 256, 16  # kernels whose signs are coded side by side, where there are so many
+MOST = (1 << 29) - 1  # integers of an array
 EVEN = 0x8888  # shares of signs that are as likely
 TRIAL = 1 << 16  # integers that are looked at to choose the model of a larger array
 
@@ -207,8 +208,8 @@ def decode_array(data: bytes, model: Model, shape: Sequence[int], low: int, high
     return out
 
 
-def _room(matrix: Matrix, signs: int) -> tuple[NDArray[np.uint32], NDArray[np.uint8] | None]:
-    return np.empty(matrix.columns, np.uint32), np.zeros(matrix.cells, np.uint8) if signs else None
+def _room(matrix: Matrix, signs: int) -> tuple[NDArray[np.int32], NDArray[np.uint8] | None]:
+    return np.empty(matrix.columns, np.int32), np.zeros(matrix.cells, np.uint8) if signs else None
 
 
 def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
@@ -236,6 +237,8 @@ class Context:
 
     def encode(self, values: Ints) -> bytes:
         flat, low, high = flat32(values, 1 << 24)
+        if flat.size > MOST:
+            raise Unsuited("more integers than the context coder counts")
         origin = low + int(np.bincount(flat - low).argmax()) if high - low < 1 << 16 else max(low, min(0, high))
         levels = (flat - np.int32(origin)).reshape(values.shape)
         low, high = low - origin, high - origin
@@ -372,9 +375,9 @@ class _Walk:
                         if alphabet.due == 0:
                             alphabet.renew(most, last)
                         j = t - lane
-                        mean[j] += (seen * settle[lane] << 4) - (mean[j] * settle[lane] >> 12)
+                        mean[j] += ((seen << 16) - mean[j]) * settle[lane] >> 12
                         beside[lane], older[lane] = seen, row[lane]
-                        row[lane] += seen * memory - (row[lane] * memory >> 16)
+                        row[lane] += ((seen << 16) - row[lane]) * memory >> 16
             for lane in active:
                 start[(first + lane) % period] = (3 * start[(first + lane) % period] + row[lane]) // 4
 
