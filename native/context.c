@@ -323,8 +323,8 @@ INLINE int64_t code_run(stream *c, lanes *v, int64_t turn, const run *r, int32_t
 }
 
 /* The signs. Kernels lie in `around` one after the other, with an empty row above and an empty column to the left of each,
- * so that every value has neighbours. Where there are many, the same place in all of them comes first, so that a sign does
- * not wait for the one before it. */
+ * so that every value has neighbours. Where there are many, they come in blocks, and in a block the same place in all of
+ * them, so that a sign does not wait for the one before it. */
 INLINE void code_signs(stream *given, const terse_model *m, int32_t *values, lanes *v, uint8_t *around,
                        const int32_t decode) {
     const int64_t high = m->kernel_rows, wide = m->kernel_columns, size = high * wide, all = m->rows * m->columns / size;
@@ -335,9 +335,10 @@ INLINE void code_signs(stream *given, const terse_model *m, int32_t *values, lan
     split[2] = 16 - split[1], split[8] = 16 - split[4], split[9] = 16 - split[6], split[10] = 16 - split[5];
     for (int32_t k = 0; k < 11; k++) split[k] *= WHOLE / 16;
     for (int64_t first = 0; first < all; first += many ? CHUNK : 1) {
+        if (around) memset(around, 0, (size_t)(padded * (many && all > CHUNK ? CHUNK : many ? all : 1)));
         for (int64_t y = 0; y < high; y++) {
             for (int64_t x = 0; x < wide; x += many ? 1 : CHUNK) {
-                run r = {both(first * size + y * wide + x, first * padded + (y + 1) * across + x + 1),
+                run r = {both(first * size + y * wide + x, (y + 1) * across + x + 1),
                          both(many ? size : 1, many ? padded : 1), many ? all - first : wide - x};
                 if (r.count > CHUNK) r.count = CHUNK;
                 turn = code_run(&c, &w, turn, &r, values, around, across, split, turns, decode);

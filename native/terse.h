@@ -74,8 +74,8 @@ typedef struct {
 } terse_model;
 
 /* `list` has room for a word for each coding step: one for each value, one more for each sign, for each magnitude from 8
- * up, and two more from 128. `mean` has room for each column; `around`, zeros, for all kernels with a row and a column
- * more each, NULL where signs have no contexts. Returns the bytes written, or an error. */
+ * up, and two more from 128. `mean` has room for each column; `around` for one kernel with a row and a column more, or for
+ * at most 256 such where there are 16 and more, NULL where signs have no contexts. Returns the bytes written, or an error. */
 TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint64_t *list, int64_t listed,
                                        uint8_t *out, int64_t capacity, int32_t *mean, uint8_t *around);
 TERSE_API int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *model, int32_t *out,

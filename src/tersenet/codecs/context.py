@@ -91,10 +91,15 @@ class Matrix(NamedTuple):
         return 1 if few else LANES
 
     @property
+    def kernels(self) -> int:
+        """How many there are."""
+        return self.rows * self.columns // (self.kernel[0] * self.kernel[1])
+
+    @property
     def cells(self) -> int:
-        """Places for all kernels with an empty row and an empty column before each."""
-        high, wide = self.kernel
-        return self.rows * self.columns // (high * wide) * (high + 1) * (wide + 1)
+        """Places for the kernels whose signs are coded together, with an empty row and an empty column before each."""
+        together = min(self.kernels, CHUNK) if self.kernels >= MANY else 1
+        return together * (self.kernel[0] + 1) * (self.kernel[1] + 1)
 
 
 class Model(NamedTuple):
@@ -209,7 +214,7 @@ def decode_array(data: bytes, model: Model, shape: Sequence[int], low: int, high
 
 
 def _room(matrix: Matrix, signs: int) -> tuple[NDArray[np.int32], NDArray[np.uint8] | None]:
-    return np.empty(matrix.columns, np.int32), np.zeros(matrix.cells, np.uint8) if signs else None
+    return np.empty(matrix.columns, np.int32), np.empty(matrix.cells, np.uint8) if signs else None
 
 
 def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
@@ -385,7 +390,8 @@ class _Walk:
         """Write down a decoded magnitude; the encoder knows it."""
 
     def signs(self, values: list[int], matrix: Matrix, shares: int) -> None:
-        (high, wide), turn, around, told = matrix.kernel, 0, [0] * matrix.cells, shares or EVEN
+        (high, wide), turn, told = matrix.kernel, 0, shares or EVEN
+        around = [0] * (matrix.kernels * (high + 1) * (wide + 1))
         known = dict(zip(((1, 0), (0, 1), (1, 1), (1, -1)), ((told >> 4 * k & 15) for k in range(4)), strict=True))
         known |= {(-left, -above): 16 - share for (left, above), share in known.items()} | {(0, 0): 8}
         for at in _order(matrix, shares):
@@ -401,11 +407,10 @@ class _Walk:
 
 def _order(matrix: Matrix, shares: int) -> list[int]:
     """The order in which signs are coded: the same place of up to 256 kernels, then the next."""
-    (high, wide), size = matrix.kernel, matrix.rows * matrix.columns
-    kernels = size // (high * wide)
+    places, kernels = np.arange(matrix.rows * matrix.columns), matrix.kernels
     if kernels < MANY or not shares:
-        return list(range(size))
-    blocks = np.split(np.arange(size).reshape(kernels, high * wide), range(CHUNK, kernels, CHUNK))
+        return [int(at) for at in places]
+    blocks = np.split(places.reshape(kernels, -1), range(CHUNK, kernels, CHUNK))
     return [int(at) for block in blocks for at in block.T.reshape(-1)]
 
 
