@@ -269,6 +269,7 @@ class _Streams:
 
 
 NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)
+KINDS, CODED = tuple(NODES.values()), tuple(codecs.CODECS)
 
 
 def _parse_value(reader: Reader, streams: _Streams, depth: int) -> Any:
@@ -290,7 +291,7 @@ def _parse_value(reader: Reader, streams: _Streams, depth: int) -> Any:
         return _parse_array(reader, streams)
     if tag - NODE >= len(NODES):
         raise FormatError("a tree has a node that this version does not know")
-    node = list(NODES.values())[tag - NODE]
+    node = KINDS[tag - NODE]
     return node(*(_parse_value(reader, streams, depth + 1) for _ in parts_of(node)))
 
 
@@ -303,7 +304,7 @@ def _parse_array(reader: Reader, streams: _Streams) -> Promise:
     if codec >= len(codecs.CODECS) or math.prod(max(n, 1) for n in shape) >= 1 << 60:
         raise FormatError("an array has an unknown codec or too many values")
     held, stored = FORMATS[form]
-    return Promise(shape, np.dtype(held), stored, list(codecs.CODECS)[codec], length, streams.place(length))
+    return Promise(shape, np.dtype(held), stored, CODED[codec], length, streams.place(length))
 
 
 def _decoded_size(tree: Tree) -> int:

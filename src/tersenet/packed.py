@@ -20,7 +20,7 @@ Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that h
 Tree: TypeAlias = "Packed | Array"
 
 DEEPEST = 3
-_HALVES = 2.0 ** (np.arange(-128, 128) / 2)
+_HALVES = (2.0 ** (np.arange(-128, 128) / 2)).astype(np.float32)
 
 
 def namespace(array: Array) -> ModuleType:
@@ -31,7 +31,7 @@ def namespace(array: Array) -> ModuleType:
 def half_powers(exponents: Array) -> Array:
     """2^(e/2) in float32 for int8 exponents: the grid on which step ids are sent."""
     xp = namespace(exponents)
-    return xp.asarray(_HALVES.astype(np.float32))[xp.asarray(exponents, dtype=xp.int64) + 128]
+    return xp.asarray(_HALVES)[xp.asarray(exponents, dtype=xp.int64) + 128]
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,33 +316,32 @@ def float_leaves(tree: Tree) -> dict[str, Array]:
     return {path: array for path, array in arrays(tree) if not is_integer(array)}
 
 
-def depth(tree: Tree) -> int:
-    """How many nodes lie on the longest way from the root to an array."""
-    return 1 + max((depth(child) for _, child in children(tree)), default=0) if isinstance(tree, Packed) else 0
-
-
-def check_tree(tree: Tree) -> None:
+def check_tree(tree: Tree, above: int = 0) -> None:
     """Raises ValueError unless every node's parts fit together and the tree is at most three nodes deep."""
-    _require(depth(tree) <= DEEPEST, f"a tree is at most {DEEPEST} nodes deep")
-    for _, child in children(tree):
-        check_tree(child)
     if isinstance(tree, Packed):
+        _require(above < DEEPEST, f"a tree is at most {DEEPEST} nodes deep")
+        for _, child in children(tree):
+            check_tree(child, above + 1)
         tree.check()
 
 
 def check_tree_values(tree: Tree) -> None:
-    for _, child in children(tree):
-        check_tree_values(child)
     if isinstance(tree, Packed):
+        for _, child in children(tree):
+            check_tree_values(child)
         tree.check_values()
 
 
 def is_integer(array: Array) -> bool:
-    return not isinstance(array, Packed) and "float" not in str(array.dtype)
+    return not isinstance(array, Packed) and not _is_float(array.dtype)
 
 
 def is_float_tree(tree: Tree) -> bool:
-    return isinstance(tree, Packed) or (hasattr(tree, "dtype") and "float" in str(tree.dtype))
+    return isinstance(tree, Packed) or (hasattr(tree, "dtype") and _is_float(tree.dtype))
+
+
+def _is_float(dtype: Any) -> bool:
+    return dtype.kind == "f" if isinstance(dtype, np.dtype) else "float" in str(dtype)
 
 
 def narrowed(integers: Array) -> Array:

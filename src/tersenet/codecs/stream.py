@@ -66,6 +66,9 @@ class Reader:
 
     def number(self, limit: int = 1 << 63) -> int:
         """A LEB128 integer below `limit`, in its shortest form."""
+        if self.at < len(self.data) and (value := self.data[self.at]) < min(128, limit):
+            self.at += 1  # nearly all
+            return value
         value = shift = 0
         while True:
             byte = self.byte()
