@@ -20,6 +20,7 @@ from tersenet.packed import Transformed, unpack
 from tersenet.promise import compress, output_errors
 from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of
 from tersenet.stages.budget import descended, to_size
+from tersenet.stages.prune import Prune
 from tersenet.stages.waterfill import Damping, folded, gather, prepare
 
 
@@ -166,11 +167,12 @@ def test_the_twin_finds_the_same_levels(rate, groups, monkeypatch):
     w = np.concatenate([w for w, _ in problems])
     metric = Metric(*(np.concatenate([getattr(m, part) for _, m in problems]) for part in ("inputs", "outputs")))
     steps = waterfilled(metric, 0.3, 4).parts()
-    for known in (metric, replace(metric, outputs=metric.rows())):
-        native_levels = levels(w, known, steps, rate)
+    some = np.random.default_rng(groups).random(w.shape) < 0.4
+    for known, kept in itertools.product((metric, replace(metric, outputs=metric.rows())), (None, some)):
+        native_levels = levels(w, known, steps, rate, kept)
         with monkeypatch.context() as without:
             without.setattr("tersenet.native.library", lambda: None)
-            assert np.array_equal(levels(w, known, steps, rate), native_levels)
+            assert np.array_equal(levels(w, known, steps, rate, kept), native_levels)
 
 
 def test_waterfilled_steps_cost_what_they_promise_and_pricing_bits_makes_levels_smaller():
@@ -179,6 +181,18 @@ def test_waterfilled_steps_cost_what_they_promise_and_pricing_bits_makes_levels_
     free, priced = (levels(w, metric, steps.parts(), rate) for rate in (0.0, 1.0))
     assert cost(w - free * steps.dense(), metric) == pytest.approx(0.05**2 / 12 * w.size, rel=0.3)
     assert np.abs(priced).sum() < np.abs(free).sum()
+
+
+def test_what_was_pruned_stays_zero_and_the_others_make_up_for_it(task):
+    pruned = Prune(0.3, 1, retrain="none")(Draft.of_model(copy.deepcopy(task.model)), task)
+    quantized = prepare(gather(pruned, task)).at(0.003)
+    for name in pruned.weights():
+        mask, q = pruned.tensors[name].tree.mask, quantized.tensors[name].tree.q
+        assert q[mask].any() and not q[~mask].any()
+    w, metric = problem()
+    kept, steps = np.random.default_rng(0).random(w.shape) < 0.5, (np.full((1, 8), 0.01), np.ones(40))
+    made_up = cost(w - levels(w, metric, steps, 0.0, kept) * 0.01, metric)
+    assert made_up < 0.9 * cost(w - np.where(kept, w, 0), metric)
 
 
 def test_steps_fall_on_the_grid():

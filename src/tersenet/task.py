@@ -83,6 +83,8 @@ class Schedule:
 
         >>> [Schedule(epochs=4, lr=1.0).rate(e) for e in range(4)]
         [1.0, 1.0, 0.1, 0.01]
+        >>> [round(Schedule(epochs=4, lr=1.0, cosine=True).rate(e), 3) for e in range(4)]
+        [1.0, 0.854, 0.5, 0.146]
         """
         if self.cosine:
             return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2

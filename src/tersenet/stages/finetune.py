@@ -171,7 +171,10 @@ class Finetune:
 
 @dataclass(frozen=True)
 class TrainLevels:
-    """Train a quantized network, its levels with it, at a tenth of `lr` from the middle on. Zeros stay zero."""
+    """Train a quantized network, its levels with it. Zeros stay zero.
+
+    The rate is `lr`, a tenth of it from the middle on, or it falls along a cosine where the task's schedule does.
+    """
 
     epochs: int = 10
     lr: float = 0.001
