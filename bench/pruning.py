@@ -189,9 +189,10 @@ def resnet_file(size: int = 51_700):
 
     def row(method: str, draft: Draft, began: float) -> dict:
         bytes_, score = scored(draft, task)
-        density = np.mean([np.count_nonzero(q) / q.size for q in map(levels_of, weights(draft))])
+        levels = [levels_of(draft.tensors[name].tree) for name in draft.weights()]
+        density = sum(np.count_nonzero(q) for q in levels) / sum(q.size for q in levels)
         row = {"network": "resnet20", "method": method, "bytes": bytes_, "accuracy": round(score, 4)}
-        row |= {"density": round(float(density), 4), "reference": reference, "seed": 0}
+        row |= {"density_of_levels": round(density, 4), "reference": reference, "seed": 0}
         return {**row, "seconds": round(time.monotonic() - began, 1)}
 
     began = time.monotonic()
@@ -205,10 +206,6 @@ def resnet_file(size: int = 51_700):
     draft = TrainLevels(4, 2e-3)(draft, task)
     rows.append(row(f"learning-rate rewinding, then {quantized}, levels trained for 4 epochs", draft, began))
     yield rows
-
-
-def weights(draft: Draft) -> list:
-    return [draft.tensors[name].tree for name in draft.weights()]
 
 
 def levels_of(tree) -> np.ndarray:
