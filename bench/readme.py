@@ -131,9 +131,10 @@ def second_order(parts: dict[str, list[dict]]) -> Iterator[str]:
                 if "macs" in r
                 else f"{100 * r.get('density', 1 - r.get('zeros', 0)):.0f} %"
             )
-            before = r.get("before", r["accuracy"])
+            before = r.get("before", None if r["epochs"] else r["accuracy"])
+            untrained = "" if before is None else f"{100 * before:.2f} %"
             after = f"{100 * r['accuracy']:.2f} % ({100 * r['reference']:.2f} %)" if r["epochs"] else ""
-            yield f"| {r['network']} | {r['method']} | {kept} | {100 * before:.2f} % | {r['epochs'] or ''} | {after} |"
+            yield f"| {r['network']} | {r['method']} | {kept} | {untrained} | {r['epochs'] or ''} | {after} |"
     rows = parts.get("channels", [])
     if rows:
         said = "; ".join(
