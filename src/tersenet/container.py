@@ -326,26 +326,24 @@ def _nodes(tree: Tree) -> Iterator[Packed]:
 def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Tensor]:
     """The named tensors with their arrays; tied names share one."""
     named = {id(header.tensors[name]): name for name in reversed(names)}
-    parts: dict[int, bytes] = {}
-    for name in named.values():
-        promises = [promise for _, promise in arrays(header.tensors[name].tree)]
-        first = min((p.offset for p in promises), default=0)
-        whole = data.read(first, sum(p.length for p in promises))
-        if zlib.crc32(whole) != header.checks[name]:
-            raise FormatError(f"{name}: its bytes are damaged")
-        for p in promises:
-            parts[id(p)] = whole[p.offset - first :][: p.length]
-    found = {key: _filled(name, header.tensors[name], parts) for key, name in named.items()}
+    found = {key: _filled(name, header.tensors[name], header.checks[name], data) for key, name in named.items()}
     return {name: found[id(header.tensors[name])] for name in names}
 
 
 BROKEN = (ValueError, OverflowError, IndexError, MemoryError)  # what decoding garbled bytes may raise
 
 
-def _filled(name: str, tensor: Tensor, parts: Mapping[int, bytes]) -> Tensor:
+def _filled(name: str, tensor: Tensor, check: int, data: Source) -> Tensor:
+    promises = [promise for _, promise in arrays(tensor.tree)]
+    first = min((p.offset for p in promises), default=0)
+    whole = data.read(first, sum(p.length for p in promises))
+    if zlib.crc32(whole) != check:
+        raise FormatError(f"{name}: its bytes are damaged")
+
     def read(path: str, promise: Promise) -> Array:
+        begin = promise.offset - first
         try:
-            return _decode_array(promise, parts[id(promise)])
+            return _decode_array(promise, whole[begin : begin + promise.length])
         except FormatError as wrong:
             raise FormatError(f"{name}: {wrong}") from None
         except BROKEN as wrong:

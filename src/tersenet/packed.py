@@ -90,7 +90,7 @@ class Uniform(Packed):
         for part in [self.scale, *([] if self.zero is None else [self.zero]), *self.steps]:
             _require(_broadcasts(part.shape, self.q.shape), "scale, zero and steps broadcast against the levels")
         _require(self.zero is None or is_integer(self.zero), "zero is an integer")
-        _require(all(np.dtype(str(s.dtype)) == np.int8 for s in self.steps if _is_numpy(s)), "steps are int8")
+        _require(all(s.dtype == np.int8 for s in self.steps if _is_numpy(s)), "steps are int8")
         _require(is_float_tree(self.scale), "scale is a float")
 
 
