@@ -49,7 +49,7 @@ typedef struct {
 typedef struct {
     alphabet at[LEVELS][LEFTS];
     counts near[LEVELS][LEFTS], far[LEVELS]; /* for each magnitude of the left neighbour, and for all */
-    const int16_t *prior; /* of the model */
+    const int16_t *prior;    /* of the model */
     int32_t offset[LETTERS]; /* from the first alphabet of a level to that of a left neighbour with this letter, in bytes */
     uint32_t open[LETTERS];  /* even bits that tell the magnitudes of a letter apart */
     int32_t last, most;      /* the last letter that occurs; the counts are halved from `most` on */
@@ -65,7 +65,8 @@ typedef struct {
  * (`older`), which chooses among the alphabets of that level instead. */
 typedef struct {
     uint64_t state[LANES];
-    int64_t row[LANES]; int32_t older[LANES], settle[LANES]; int64_t beside[LANES];
+    int64_t row[LANES], beside[LANES]; /* beside: `offset` of the left neighbour */
+    int32_t older[LANES], settle[LANES];
     int32_t *line[LANES]; /* a lane's row, moved back by as many columns as the lane lags behind */
     int32_t *mean;        /* of the columns */
 } lanes;
