@@ -2,8 +2,8 @@
 
 Run: make bench NAME=pruning (or: python bench/pruning.py PART ..., with names from PARTS; each part's rows replace its
 earlier ones). Accuracies are those of the reopened file on the test split; a mean over seeds has its single figures
-beside it. Training runs in bfloat16. Two settings were not chosen blindly: LeNet-5's file was made again with more
-rounds and 16 values after one with 8 had missed, and the rates of ResNet-20's levels come from short trials.
+beside it. Training runs in bfloat16. One setting was not chosen blindly: LeNet-5's file was made again with more rounds
+and 16 values after one with 8 had missed.
 
 LeNets are trained from scratch for each seed and replay the schedule's last `epochs` in every round. The files are made
 from the given networks, retrained with shifts (MNIST) or crops and flips (CIFAR-10).
@@ -193,7 +193,7 @@ def resnet_file(size: int = 51_700):
         levels = [levels_of(draft.tensors[name].tree) for name in draft.weights()]
         density = sum(np.count_nonzero(q) for q in levels) / sum(q.size for q in levels)
         row = {"network": "resnet20", "method": method, "bytes": bytes_, "accuracy": round(score, 4)}
-        row |= {"density_of_levels": round(density, 4), "reference": reference, "seed": 0}
+        row |= {"density_of_levels": round(float(density), 4), "reference": reference, "seed": 0}
         return {**row, "seconds": round(time.monotonic() - began, 1)}
 
     began = time.monotonic()

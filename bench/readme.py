@@ -78,9 +78,9 @@ def pruning() -> Iterator[str]:
     parts = {part: [r for r in rows if r["part"] == part] for part in dict.fromkeys(r["part"] for r in rows)}
     yield paragraph(
         "**Pruning with retraining** (`bench/pruning.py`): files of the given networks, retrained with shifts (MNIST)",
-        "or crops and flips (CIFAR-10), one seed. ResNet-20 was quantized first; its levels were then trained, zeros",
-        "staying zero; its density is that of the levels. LeNet-5's rounds and bits were raised, and ResNet-20's rates",
-        "picked, after trials whose test accuracy was looked at.",
+        "or crops and flips (CIFAR-10), one seed. ResNet-20 was pruned to a quarter, trained with its rate rewound and",
+        "quantized with zeros held; its density is that of the levels. LeNet-5's rounds and bits were raised after a",
+        "trial whose test accuracy was looked at.",
     )
     yield "| network | how | density | bytes | accuracy (float) |"
     yield "|---|---|---|---|---|"
