@@ -263,7 +263,7 @@ def second_order(name: str):
             print(rows[-1], flush=True)
         for label, stages in (
             ("magnitude, three rounds", (Prune(density, 3, epochs),)),
-            ("MLPrune, three rounds", mlprune(density, 3, epochs)),
+            ("MLPrune, three rounds", mlprune(density, 3, epochs)[:-1]),
         ):
             if name == "resnet20":
                 break
