@@ -366,9 +366,11 @@ INLINE void signs(stream *c, const terse_model *m, int32_t *values, lanes *v, ui
 static int64_t begin_lanes(lanes *v, estimates *s, const terse_model *m) {
     if (m->rows < 1 || m->columns < 1 || m->low > 0 || m->high < 0 || m->low < -(1 << 30) || m->high > 1 << 30 ||
         m->kernel_rows < 1 || m->kernel_columns < 1 || m->period < 1 || m->period > PERIODS || m->blend < 0 ||
-        m->blend > 16 || m->slow < 4 || m->slow > 12 || m->memory < 0 || m->memory > 15 || m->settle < 0 ||
+        m->blend > 16 || m->slow < 4 || m->slow > 12 || m->memory < 0 || m->memory > 15 || m->settle < 1 ||
         m->settle > 8 || m->rows > INT32_MAX / 4 / m->columns)
         return TERSE_EARGUMENT;
+    for (int32_t k = 0; k < 16 && m->signs; k += 4)
+        if ((m->signs >> k & 15) == 0) return TERSE_EARGUMENT;
     memset(v, 0, sizeof *v);
     begin(s, m);
     return 0;

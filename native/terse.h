@@ -65,7 +65,7 @@ typedef struct {
     int32_t low, high;    /* every value lies in low..high; low <= 0 <= high */
     int32_t slow;         /* counts are halved from 2^(slow + 1) on, 4..12 */
     int32_t blend;        /* weight of the column's mean magnitude, 0..16; the row's has 16 - blend */
-    int32_t memory;       /* the row's mean forgets with 2^-memory, the column's with 2^-settle, 0..8 */
+    int32_t memory;       /* the row's mean forgets with 2^-memory, the column's with 2^-settle, 1..8 */
     int32_t settle;
     int32_t signs;        /* where they have contexts, their shares of "negative" in 1/16, of four bits each: by the left
                            * and the upper neighbour in the kernel (+, 0), (0, +), (+, +), (+, -); the others mirror these */

@@ -232,6 +232,15 @@ def test_signs_that_follow_their_neighbours_cost_less():
     assert known < 0.8 * plain
 
 
+def test_signs_that_never_occur_are_refused(both):
+    values = np.array([[3, -1, 2], [-2, 0, 1]], np.int32)
+    data = encode_array(values, Model(signs=1), -2, 3)
+    assert np.array_equal(decode_array(data, Model(signs=1), values.shape, -2, 3), values)
+    for head in (b"\0\0", bytes([data[0] & 0xF0, data[1]]), bytes([data[0], data[1] & 0x0F])):
+        with pytest.raises(FormatError):
+            decode_array(head + data[2:], Model(signs=1), values.shape, -2, 3)
+
+
 @pytest.mark.parametrize("shape", [((1 << 20) + 1,), (1 << 10, 1 << 10)])
 def test_large_arrays_come_back(shape):
     values = np.random.default_rng(7).choice(np.array([0, 0, 0, 0, 0, -1, 1, 9], np.int8), shape)

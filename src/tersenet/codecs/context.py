@@ -204,6 +204,8 @@ def decode_array(data: bytes, model: Model, shape: Sequence[int], low: int, high
     matrix, signs = model.matrix(shape), 0
     if low and model.signs:
         signs, data = int.from_bytes(data[:2], "little"), data[2:]
+        if not all(signs >> at & 15 for at in (0, 4, 8, 12)):
+            raise FormatError("a context-coded stream has signs that never occur")
     if native.library() is None:
         return _Decoder(data, matrix).array(model, low, high, signs).reshape(shape)
     out = np.empty(shape, np.int32)
