@@ -261,12 +261,11 @@ def second_order(name: str):
             row = {"network": name, "method": label, "density": density, "bytes": size, "before": round(before, 4)}
             rows.append({**row, "accuracy": round(after, 4), "reference": reference, "epochs": epochs, "seed": 0})
             print(rows[-1], flush=True)
-        for label, stages in (
-            ("magnitude, three rounds", (Prune(density, 3, epochs),)),
-            ("MLPrune, three rounds", mlprune(density, 3, epochs)[:-1]),
-        ):
-            if name == "resnet20":
-                break
+        rounds = {
+            "magnitude, three rounds": (Prune(density, 3, epochs),),
+            "MLPrune, three rounds": mlprune(density, 3, epochs)[:-1],
+        }
+        for label, stages in () if name == "resnet20" else rounds.items():
             task.model.load_state_dict(state)
             draft = Draft.of_model(task.model)
             for stage in stages:

@@ -32,6 +32,7 @@ LANES, SMALL, PERIODS = 4, 1024, 64  # rows that are coded at once, from so many
 FRESH, KNOWN = 32, 64  # what an alphabet's counts are added to: so much of its parent, of the prior
 CHUNK, MANY = 256, 16  # kernels whose signs are coded side by side, where there are so many
 MOST = (1 << 29) - 1  # integers of an array
+NEIGHBOURS = ((1, 0), (0, 1), (1, 1), (1, -1))  # signs to the left and above whose shares are sent
 EVEN = 0x8888  # shares of signs that are as likely
 TRIAL = 1 << 16  # integers that are looked at to choose the model of a larger array
 
@@ -166,14 +167,13 @@ def sign_shares(values: NDArray[np.int32], kernel: tuple[int, int]) -> int:
     left, above = np.zeros_like(sign), np.zeros_like(sign)
     left[:, :, 1:], above[:, 1:] = sign[:, :, :-1], sign[:, :-1]
     shares = 0
-    for place, (one, other) in enumerate(((1, 0), (0, 1), (1, 1), (1, -1))):
+    for place, (one, other) in enumerate(NEIGHBOURS):
         minus = plus = 0
         for side in (1, -1):
             found = sign[(left == side * one) & (above == side * other)] * side
             minus, plus = minus + int((found < 0).sum()), plus + int((found > 0).sum())
-        shares |= (
-            min(max((32 * minus // (minus + plus) + 1) // 2, 1), 15) << 4 * place if minus + plus else 8 << 4 * place
-        )
+        share = (32 * minus // (minus + plus) + 1) // 2 if minus + plus else 8
+        shares |= min(max(share, 1), 15) << 4 * place
     return shares
 
 
@@ -394,7 +394,7 @@ class _Walk:
     def signs(self, values: list[int], matrix: Matrix, shares: int) -> None:
         (high, wide), turn, told = matrix.kernel, 0, shares or EVEN
         around = [0] * (matrix.kernels * (high + 1) * (wide + 1))
-        known = dict(zip(((1, 0), (0, 1), (1, 1), (1, -1)), ((told >> 4 * k & 15) for k in range(4)), strict=True))
+        known = {neighbours: told >> 4 * k & 15 for k, neighbours in enumerate(NEIGHBOURS)}
         known |= {(-left, -above): 16 - share for (left, above), share in known.items()} | {(0, 0): 8}
         for at in _order(matrix, shares):
             if values[at] == 0:

@@ -72,9 +72,6 @@ class Reader:
         value = shift = 0
         while True:
             byte = self.byte()
-            if byte < 128 and not shift:
-                value = byte
-                break
             value |= (byte & 127) << shift
             if byte < 128:
                 break
