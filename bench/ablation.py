@@ -17,7 +17,7 @@ from tersenet.methods.feedback import levels, tree_of
 from tersenet.recipe import Draft, artifact_of
 from tersenet.stages import waterfill
 from tersenet.stages.budget import QUICK, Search, outputs
-from tersenet.stages.waterfill import Damping, Prepared, gather, prepare
+from tersenet.stages.waterfill import Prepared, gather, prepare
 
 SIZES = {"resnet20": 66_000, "mobilenetv2": 1_600_000}
 STATIC = Coding(("bits", "huffman", "rans"))
@@ -64,11 +64,13 @@ def columns_only(prepared):
 
 
 def variants(gathered):
-    """(label, prepared, rate, coding) from the plainest to all parts, at the default damping."""
+    """(label, prepared, rate, coding) from the plainest to all parts."""
+    whole, shrunk = prepare(gathered), waterfill.shrunk
+    waterfill.shrunk = lambda one, other: (one + other) / 2
     full = prepare(gathered)
     spatial, waterfill.spatial = waterfill.spatial, lambda shape: False
     untransformed = prepare(gathered)
-    waterfill.spatial = spatial
+    waterfill.spatial, waterfill.shrunk = spatial, shrunk
 
     def plain(layers, feedback, even):
         made = Plain(full.draft, layers, full.shifts)
@@ -86,6 +88,7 @@ def variants(gathered):
     yield "+ biases that take up the mean error", replace(full, layers=dct), 0.5, QUICK
     yield "+ one global step in the Fisher metric", replace(full, layers=columns_only(full)), 0.5, QUICK
     yield "+ error feedback over rows", full, 0.5, QUICK
+    yield "+ moments shrunk as far as their halves disagree", whole, 0.5, QUICK
 
 
 def divergence(wanted, found):
@@ -114,11 +117,7 @@ def measure(name):
     for label, prepared, rate, coding in variants(gathered):
         search.coding = coding
         yield row(label, *search.met(prepared, rate))
-    damping = search.dampings()[0]
-    label = f"+ damping chosen on held-back inputs ({damping.inputs:g}, {damping.rows:g})"
-    yield row(label, *search.met(prepare(gathered, damping), 0.5))
 
 
 if __name__ == "__main__":
-    assert Damping() == Damping(1e-2, 1.0), "the table's rows are at the default damping"
     write("ablation", [row for name in SIZES for row in measure(name)])

@@ -19,9 +19,9 @@ from tersenet.methods.transform import KernelDCT
 from tersenet.packed import Transformed, unpack
 from tersenet.promise import compress, output_errors
 from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of
-from tersenet.stages.budget import descended, to_size
+from tersenet.stages.budget import to_size
 from tersenet.stages.prune import Prune
-from tersenet.stages.waterfill import Damping, folded, gather, prepare
+from tersenet.stages.waterfill import folded, gather, prepare, shrunk
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_recurrent_and_attention_weights_have_moments_and_are_quantized_by_them(
     free = {"attend.in_proj_weight", "attend.out_proj.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0"}
     assert free | {"head.weight"} == set(gathered.found)
     for name in free:
-        known = gathered.found[name]
+        known, _ = gathered.found[name]
         scale = known.inputs.diagonal(dim1=1, dim2=2).mean()
         assert float(scale) == pytest.approx(1) and torch.linalg.eigvalsh(known.inputs).min() > -1e-9
         assert known.outputs.shape == (len(task.model.get_parameter(name)),) * 2
@@ -124,23 +124,35 @@ def test_recurrent_and_attention_weights_have_moments_and_are_quantized_by_them(
     assert artifact_of(draft).nbytes <= 4_000
 
 
-def test_moments_of_two_sets_mix_to_those_of_both(task):
-    x = task.calibration(120)
-    whole, first, second = (moments(task.model, part, task) for part in (x, x[:80], x[80:]))
-    for name, known in whole.items():
-        mixed = first[name].mixed(second[name], 80 / 120)
-        assert torch.allclose(mixed.inputs, known.inputs, rtol=1e-5, atol=1e-7)
-        assert torch.allclose(mixed.means, known.means, rtol=1e-5, atol=1e-6)
+def test_moments_are_shrunk_as_far_as_their_halves_disagree():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(24, 24, dtype=torch.double, generator=generator) * torch.logspace(
+        0, -1, 24, dtype=torch.double
+    )
+    true = mixing @ mixing.T
+    for samples in (6, 20, 2000):
+        u = torch.randn(2, samples, 24, dtype=torch.double, generator=generator) @ mixing.T
+        one, other = u.transpose(1, 2) @ u / samples
+        found, plain = shrunk(one[None], other[None])[0], (one + other) / 2
+        assert (found - true).norm() < 1.001 * (plain - true).norm()
+        assert samples < 50 or torch.allclose(found, plain, atol=0.05 * float(true.max()))
+        assert torch.linalg.eigvalsh(found).min() > 0
+    assert torch.allclose(shrunk(true[None], true[None])[0], true)
+    unequal = torch.diag(torch.arange(1.0, 5, dtype=torch.double))
+    assert torch.allclose(shrunk(2 * unequal[None], 0 * unequal[None])[0], torch.eye(4, dtype=torch.double) * 2.5)
 
 
-@pytest.mark.parametrize("best", [Damping(), Damping(1.0, 9.0), Damping(1e-3, 1 / 3)])
-def test_the_search_for_the_damping_walks_to_the_best(best):
-    def distance(damping):
-        return 1 + abs(np.log(damping.inputs / best.inputs)) + abs(np.log(damping.rows / best.rows))
-
-    seen = descended(distance)
-    found = min(seen, key=lambda damping: seen[damping])
-    assert found.inputs == pytest.approx(best.inputs) and found.rows == pytest.approx(best.rows)
+def test_constants_of_folded_norms_take_no_bytes_of_their_own():
+    model = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32))])
+    x = torch.randn(20, 32, 12, 12)
+    model(x)  # now the norms have seen something
+    draft, biases = folded(Draft.of_model(model.eval()), x[:8])
+    assert biases["2.weight"] == "3.bias"  # and not its own, which the norm's takes up
+    assert torch.allclose(draft.module().eval()(x), model(x), atol=1e-4)
+    rows = {row.name: row for row in artifact_of(draft).ledger()}
+    assert rows["1.running_var"].total < 24  # 128 as floats
+    assert [rows[f"{k}.{part}"].kind for k in (3, 5) for part in ("weight", "num_batches_tracked")] == ["tied"] * 4
+    assert rows["2.bias"].kind == "tied"  # to the means and the first bias, all zero
 
 
 def test_with_a_diagonal_metric_feedback_is_rounding():
@@ -216,7 +228,7 @@ def test_folding_keeps_the_outputs_and_the_norms_become_constants(task):
     after = load(artifact_of(draft).to_bytes()).into(Net()).eval()(x)
     assert torch.allclose(before, after, atol=1e-4)
     assert biases["conv.weight"] == "norm.bias" and biases["last.weight"] == "last.bias"
-    assert (np.asarray(draft.tensors["norm.weight"].tree) == 1).all()
+    assert (unpack(draft.tensors["norm.weight"].tree) == 1).all()
 
 
 def test_a_finer_step_errs_less_and_takes_more(gathered, task):

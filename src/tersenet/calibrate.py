@@ -39,11 +39,6 @@ class Moments:
     means: Tensor
     outputs: Tensor
 
-    def mixed(self, other: "Moments", weight: float) -> "Moments":
-        """The moments over two sets of samples, `weight` being this one's share of them."""
-        mine, theirs = (self.inputs, self.means, self.outputs), (other.inputs, other.means, other.outputs)
-        return Moments(*(weight * a + (1 - weight) * b for a, b in zip(mine, theirs, strict=True)))
-
 
 def moments(model: nn.Module, inputs: Tensor, task: Task, labels: int = 4, seed: int = 0) -> dict[str, Moments]:
     """Moments by the name of each layer's weight, over `inputs` [samples, ...] and `labels` sampled labels for each.

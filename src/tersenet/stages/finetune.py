@@ -127,7 +127,7 @@ class _Levels(_Network):
     def _tree(self, tree: Tree, trainable: bool) -> Tree:
         if not trainable or not isinstance(tree, Packed):
             return map_arrays(tree, _held)
-        if isinstance(tree, Uniform) and tree.zero is None:
+        if isinstance(tree, Uniform) and tree.zero is None and np.ptp(tree.q) > 0:  # a folded norm's are all equal
             node = cast(Uniform, map_arrays(tree, _held))
             weight = node.unpack().requires_grad_()
             self.leaves.append(weight)

@@ -25,28 +25,27 @@ from tersenet.recipe import Draft, dense_array
 from tersenet.task import Task, one_thread
 
 SMALL = 64  # tensors with fewer weights stay floats
+Halves = tuple[Moments, Moments]
 
 
 @dataclass(frozen=True)
 class Damping:
-    """What is added to the moments' diagonals, as parts of their means: little data needs more."""
+    """What is added to the diagonals of the shrunk moments, as parts of their means."""
 
-    inputs: float = 1e-2
-    rows: float = 1.0
+    inputs: float = 1e-3
+    rows: float = 0.3
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """A draft with BatchNorm folded, the moments of its layers, and which bias is added to each weight's output.
+    """A draft with BatchNorm folded, its layers' moments, and which bias is added to each weight's output.
 
-    `part` are the moments of all inputs but `held`, on which settings can be compared.
+    Moments come from each half of the inputs: how far the halves differ says how much to trust them.
     """
 
     draft: Draft
-    found: Mapping[str, Moments]
+    found: Mapping[str, Halves]
     biases: Mapping[str, str]
-    part: Mapping[str, Moments]
-    held: Array
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def rounded(values: np.ndarray, step: float) -> Tree:
     """Values at multiples of a step, or as fp16 floats where levels would not be fewer bits."""
     step = float(np.float32(step))
     q = np.rint(values / step) if step > 0 else np.full(values.shape, np.inf)
-    if not np.abs(q).max(initial=0) < 2048:
+    if not np.abs(q).max(initial=0) < 1 << 15:
         return values.astype(np.float16).astype(np.float32)
     return Uniform(narrowed(q.astype(np.int32)), np.array(step, np.float32))
 
@@ -113,19 +112,17 @@ def rounded(values: np.ndarray, step: float) -> Tree:
 def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
     """Fold BatchNorm and gather the moments; without a task there are none, and every metric is the identity."""
     if task is None or draft.model is None:
-        return Gathered(draft, {}, {}, {}, torch.empty(0))
+        return Gathered(draft, {}, {})
     x = task.calibration(samples)
     draft, biases = folded(draft, x[: min(len(x), 8)])
-    cut = max(1, 3 * len(x) // 4)
-    part = moments(draft.module(), x[:cut], task)
-    if cut == len(x):
-        return Gathered(draft, part, biases, part, x)
-    rest, weight = moments(draft.module(), x[cut:], task, seed=cut), cut / len(x)
-    return Gathered(draft, {n: m.mixed(rest[n], weight) for n, m in part.items()}, biases, part, x[cut:])
+    one = moments(draft.module(), x[::2], task)
+    other = moments(draft.module(), x[1::2], task, seed=len(x)) if len(x) > 1 else one
+    return Gathered(draft, {name: (known, other[name]) for name, known in one.items()}, biases)
 
 
 def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
-    """Damp and factor the moments of every layer."""
+    """Shrink, damp and factor the moments of every layer."""
+    damping = damping or Damping()
     draft, biases = gathered.draft, gathered.biases
     held = {id(draft.tensors[name]): known for name, known in gathered.found.items() if name in draft.tensors}
     found = {name: held[id(t)] for name, t in draft.tensors.items() if id(t) in held}  # by any name of tied weights
@@ -134,7 +131,7 @@ def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
         for name in draft.weights():
             if math.prod(draft.tensors[name].tree.shape) >= SMALL:
                 bias = biases.get(name) if name in found else None
-                layers.append(_layer(name, draft.tensors[name], found.get(name), damping or Damping(), bias))
+                layers.append(_layer(name, draft.tensors[name], found.get(name), damping, bias))
     feeding = {bias: weight for weight, bias in biases.items()}
     for name in sorted(draft.trainable & set(draft.tensors)):
         tensor = draft.tensors[name]
@@ -144,14 +141,15 @@ def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
         if known or np.ptp(dense_array(tensor)) > 0:
             shifts[name] = 0.0  # kept as fp16
         if known:
-            # A constant input would get c / sqrt(mean G); biases are few, so they get a quarter of that.
-            shifts[name] = 0.25 / float(found[feeding[name]].outputs.diagonal().mean().sqrt() + 1e-30)
+            # A constant input would get c / sqrt(mean G); biases are few, so they get half of that.
+            known_g = sum(float(half.outputs.diagonal().mean()) for half in found[feeding[name]]) / 2
+            shifts[name] = 0.5 / math.sqrt((1 + damping.rows) * known_g + 1e-60)
     return Prepared(draft, layers, shifts)
 
 
-def _layer(name: str, tensor: artifact.Tensor, known: Moments | None, damping: Damping, bias: str | None) -> Layer:
+def _layer(name: str, tensor: artifact.Tensor, known: Halves | None, damping: Damping, bias: str | None) -> Layer:
     w = torch.from_numpy(dense_array(tensor)).double()
-    shape, groups = tuple(w.shape), 1 if known is None else len(known.inputs)
+    shape, groups = tuple(w.shape), 1 if known is None else len(known[0].inputs)
     flat = w.reshape(groups, shape[0] // groups, -1)
     n = flat.shape[2]
     kept = tensor.tree.mask.reshape(flat.shape) if isinstance(tensor.tree, Sparse) else None
@@ -163,20 +161,51 @@ def _layer(name: str, tensor: artifact.Tensor, known: Moments | None, damping: D
         rows = flat.square().mean(2)
         metric = Metric(None, (rows + rows.mean()).clamp_min(1e-30).rsqrt().numpy())
         return Layer(name, flat.numpy(), metric, np.zeros((1, n)), shape, transformed, None)
-    a, means = known.inputs, known.means
-    if bias is not None:  # the bias takes up the mean of the error, which leaves the covariance to the weights
-        a = a - means[:, :, None] * means[:, None]
-    a = torch.einsum("pk,gikjl,ql->gipjq", t, a.reshape(groups, n // k, k, n // k, k), t).reshape(groups, n, n)
-    means = (means.reshape(-1, k) @ t.T).reshape(groups, n)
+    a = shrunk(*(_turned(half, bias is not None, t) for half in known))
+    means = ((known[0].means + known[1].means) / 2).reshape(-1, k) @ t.T
     # The sums were made of float32 products, so a part of the raw second moment is noise and must be covered too.
-    raw = 1e-5 * known.inputs.diagonal(dim1=1, dim2=2).mean(1)
-    mean = a.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
+    raw = 1e-5 * known[0].inputs.diagonal(dim1=1, dim2=2).mean(1)
+    mean = a.diagonal(dim1=1, dim2=2).mean(1)
     a = a + (damping.inputs * (mean + 1e-3 * mean.mean()) + raw + 1e-12)[:, None, None] * torch.eye(n)
-    m = shape[0] // groups
-    g = torch.stack([known.outputs[at : at + m, at : at + m] for at in range(0, shape[0], m)])
-    g = g + (damping.rows * known.outputs.diagonal().mean() + 1e-30) * torch.eye(m)
+    m, whole = shape[0] // groups, shrunk(*(half.outputs[None] for half in known))[0]
+    g = torch.stack([whole[at : at + m, at : at + m] for at in range(0, shape[0], m)])
+    g = g + (damping.rows * whole.diagonal().mean() + 1e-30) * torch.eye(m)
     metric = Metric(_factor(a).numpy(), _factor(g).numpy())
-    return Layer(name, flat.numpy(), metric, means.numpy(), shape, transformed, bias, kept)
+    return Layer(name, flat.numpy(), metric, means.reshape(groups, n).numpy(), shape, transformed, bias, kept)
+
+
+def _turned(known: Moments, centred: bool, t: Array) -> Array:
+    """A [groups, n, n] with the kernels' axes turned by `t`; the covariance where a bias takes up the error's mean."""
+    a, k = known.inputs, len(t)
+    if centred:
+        a = a - known.means[:, :, None] * known.means[:, None]
+    groups, n, _ = a.shape
+    a = a.reshape(groups, n // k, k, n // k, k)
+    return torch.einsum("pk,gikjl,ql->gipjq", t, a, t).reshape(groups, n, n)
+
+
+def shrunk(one: Array, other: Array) -> Array:
+    """A second moment [groups, n, n] from estimates of two halves of the samples, trusted as far as they agree.
+
+    Correlations are shrunk to none and variances to their mean, each by the share of noise in them (Schäfer and
+    Strimmer 2005, Opgen-Rhein and Strimmer 2007). Where we differ: noise is what the halves differ by, since the many
+    positions of an image are one sample and not many.
+    """
+    mean, half = (one + other) / 2, (one - other) / 2
+    sizes = mean.diagonal(dim1=1, dim2=2).clamp_min(0)
+    level = sizes.mean(1, keepdim=True)
+    noise = _noise(half.diagonal(dim1=1, dim2=2), sizes - level)
+    root = (sizes + 1e-9 * level + 1e-30).rsqrt()
+    unit = root[:, :, None] * root[:, None] * (1 - torch.eye(mean.shape[1], dtype=mean.dtype))
+    correlations, scales = mean * unit, (sizes + noise * (level - sizes)).sqrt()
+    correlations = (1 - _noise(half * unit, correlations)) * correlations + torch.eye(mean.shape[1], dtype=mean.dtype)
+    return correlations * scales[:, :, None] * scales[:, None]
+
+
+def _noise(half: Array, signal: Array) -> float:
+    """The share of noise in a mean of two halves, from half of their difference; 1 where there is nothing else."""
+    difference, whole = float(half.square().sum()), float(signal.square().sum())
+    return min(1.0, difference / whole) if whole > 0 else 1.0
 
 
 def _factor(a: Array) -> Array:
@@ -210,7 +239,7 @@ def folded(draft: Draft, x: Array) -> tuple[Draft, dict[str, str]]:
     constants: list[str] = []
     for norm_name, conv_name in feeds.items():
         norm, weight = layers[norm_name], dense_array(draft.tensors[f"{conv_name}.weight"])
-        if f"{norm_name}.weight" not in draft.tensors or f"{conv_name}.bias" in draft.tensors:
+        if f"{norm_name}.weight" not in draft.tensors:
             continue
         gamma, beta, mean, var = (
             dense_array(draft.tensors[f"{norm_name}.{part}"]).astype(np.float64)
@@ -220,10 +249,16 @@ def folded(draft: Draft, x: Array) -> tuple[Draft, dict[str, str]]:
         weight = (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
         tree = draft.tensors[f"{conv_name}.weight"].tree
         trees[f"{conv_name}.weight"] = Sparse(tree.mask, weight[tree.mask]) if isinstance(tree, Sparse) else weight
+        constant = {f"{norm_name}.weight": 1, f"{norm_name}.running_mean": 0, f"{norm_name}.running_var": 1 - norm.eps}
+        if (own := f"{conv_name}.bias") in draft.tensors:
+            mean -= dense_array(draft.tensors[own])
+            constant[own] = 0
         trees[f"{norm_name}.bias"] = (beta - mean * scale).astype(np.float32)
-        for part, value in (("weight", 1), ("running_mean", 0), ("running_var", 1 - norm.eps)):
-            trees[f"{norm_name}.{part}"] = np.full(len(scale), value, np.float32)
-            constants.append(f"{norm_name}.{part}")
+        for name, value in constant.items():  # equal levels take no bits, where floats would take all of theirs
+            trees[name] = Uniform(np.ones(len(scale), np.int8), np.array(value, np.float32))
+        constants += constant
+        if (counter := f"{norm_name}.num_batches_tracked") in draft.tensors:
+            constants.append(counter)
     after = tied(draft.with_trees(trees), constants)
     with torch.no_grad():
         off = (after.module().eval()(x) - before).abs().max()
