@@ -26,11 +26,13 @@
 #define LEAST 4 /* every letter's share tends to this much of WHOLE at least, and never falls under 2 */
 #define LANES 4
 #define SMALL 1024 /* fewer values are one lane: every lane wastes two bytes */
-#define PERIODS 64
+#define PLACES 64
 #define FRESH 32 /* an alphabet leans on its parent as if that had been counted so often, and by half of its own counts */
 #define KNOWN 64 /* and that on the prior */
 #define CHUNK 256
 #define MANY 16 /* kernels, from which on they are coded side by side */
+
+static const uint8_t NEXT[TERSE_STATES][2] = TERSE_NEXT;
 
 #define INLINE static inline __attribute__((always_inline))
 #define KEEP(value) __asm__("" : "+r"(value)) /* in a register, and not a reason to branch */
@@ -47,11 +49,12 @@ typedef struct {
 } counts;
 
 typedef struct {
-    alphabet at[LEVELS][LEFTS];
-    counts near[LEVELS][LEFTS], far[LEVELS]; /* for each magnitude of the left neighbour, and for all */
+    alphabet at[2 * LEVELS][LEFTS];                  /* for even levels and for odd ones */
+    counts near[2 * LEVELS][LEFTS], far[2 * LEVELS]; /* for each magnitude of the left neighbour, and for all */
     const int16_t *prior;    /* of the model */
     int32_t offset[LETTERS]; /* from the first alphabet of a level to that of a left neighbour with this letter, in bytes */
     uint32_t open[LETTERS];  /* even bits that tell the magnitudes of a letter apart */
+    int32_t row[PLACES][LANES], older[PLACES][LANES];
     int32_t last, most;      /* the last letter that occurs; the counts are halved from `most` on */
 } estimates;
 
@@ -61,12 +64,13 @@ typedef struct {
     int64_t listed, capacity;
 } stream;
 
-/* Four rows on their way. Means have 16 fractional bits; the predicted level sees the row's without the left neighbour
- * (`older`), which chooses among the alphabets of that level instead. */
+/* Four rows on their way. Means have 16 fractional bits; the predicted level sees the row's without the last value
+ * (`older`), since the left neighbour chooses among the alphabets of that level instead. */
 typedef struct {
     uint64_t state[LANES];
-    int64_t row[LANES], beside[LANES]; /* beside: `offset` of the left neighbour */
-    int32_t older[LANES], settle[LANES];
+    int64_t beside[LANES]; /* `offset` of the left neighbour */
+    int32_t settle[LANES];
+    int32_t path[LANES], place[LANES]; /* the state of a trellis, the place in the kernel */
     int32_t *line[LANES]; /* a lane's row, moved back by as many columns as the lane lags behind */
     int32_t *mean;        /* of the columns */
 } lanes;
@@ -166,10 +170,12 @@ static __attribute__((noinline)) void renew(estimates *s, alphabet *a) {
 }
 
 static void begin(estimates *s, const terse_model *m) {
-    int32_t most = m->high > -m->low ? m->high : -m->low, last = letter_of((uint32_t)most);
+    int32_t most = m->high > -m->low ? m->high : -m->low, last, levels = m->trellis ? 2 * LEVELS : LEVELS;
+    if (m->trellis) most = (most + 1) / 2;
+    last = letter_of((uint32_t)most);
     if (last == 0) last = 1; /* no share may be the whole, which takes 16 bits */
-    memset(s->near, 0, sizeof s->near);
-    memset(s->far, 0, sizeof s->far);
+    memset(s->near, 0, sizeof s->near[0] * (size_t)levels);
+    memset(s->far, 0, sizeof s->far[0] * (size_t)levels);
     s->prior = m->prior;
     s->last = last;
     s->most = 2 << m->slow;
@@ -179,7 +185,7 @@ static void begin(estimates *s, const terse_model *m) {
         s->offset[k] = (int32_t)sizeof(alphabet) * (k < LEFTS - 1 ? k : LEFTS - 1);
     }
     alphabet first = {.due = 1, .before = -WHOLE};
-    for (int32_t k = 0; k < LEVELS; k++) {
+    for (int32_t k = 0; k < levels; k++) {
         memcpy(first.end, m->prior + LETTERS * k, sizeof first.end);
         for (int32_t i = last; i < LETTERS; i++) first.end[i] = 0;
         for (int32_t l = 0; l < LEFTS; l++) s->at[k][l] = first;
@@ -188,20 +194,21 @@ static void begin(estimates *s, const terse_model *m) {
 
 /* Step t of the lanes from..to-1, of which lane l is in column t - l. */
 INLINE void step(stream *c, estimates *s, const terse_model *m, lanes *v, int64_t t, const int64_t from, const int64_t to,
-                 const int32_t decode) {
+                 const int32_t trellis, const int32_t decode) {
     alphabet *a[LANES];
-    int64_t letter[LANES], place = t * m->right;
+    int64_t letter[LANES];
     int32_t *mean = v->mean + t, blend = m->blend;
     uint32_t size[LANES];
     const int64_t memory = 65536 >> m->memory;
 #pragma GCC unroll 4
     for (int64_t l = from; l < to; l++) {
-        alphabet *level = s->at[m->level[(uint32_t)(v->older[l] * (16 - blend) + mean[-l] * blend) >> 12]];
+        alphabet *level = s->at[m->level[(uint32_t)(s->older[v->place[l]][l] * (16 - blend) + mean[-l] * blend) >> 12]];
         a[l] = (alphabet *)((char *)level + v->beside[l]);
         KEEP(a[l]);
         if (!decode) {
-            int32_t value = v->line[l][place];
+            int32_t value = v->line[l][t];
             size[l] = (uint32_t)(value < 0 ? -value : value);
+            if (trellis) size[l] = (size[l] + (v->path[l] & 1)) >> 1;
             letter[l] = letter_of(size[l]);
         }
     }
@@ -234,12 +241,23 @@ INLINE void step(stream *c, estimates *s, const terse_model *m, lanes *v, int64_
             uint64_t lent = v->state[l]; /* a copy whose address is taken, so that the state can stay in a register */
             found = code_rest(c, s, &lent, l, seen, size[l], decode);
             v->state[l] = lent;
+            if (trellis && found >> 29) found = 1u << 29; /* over every limit */
         }
-        if (decode) v->line[l][place] = (int32_t)found;
+        if (trellis) {
+            int32_t odd = v->path[l] & (seen > 0);
+            v->path[l] = NEXT[v->path[l]][found & 1];
+            v->beside[l] += (v->path[l] & 1) * (int64_t)sizeof s->at / 2;
+            goal -= odd << 15;
+            if (decode) v->line[l][t] = (int32_t)(2 * found) - odd;
+        } else if (decode) {
+            v->line[l][t] = (int32_t)found;
+        }
         if (__builtin_expect(--a[l]->due == 0, 0)) renew(s, a[l]);
         mean[-l] += (goal - mean[-l]) * v->settle[l] >> 12;
-        v->older[l] = (int32_t)v->row[l];
-        v->row[l] += ((goal - v->row[l]) * memory >> 16);
+        int32_t place = v->place[l], row = s->row[place][l];
+        s->older[place][l] = row;
+        s->row[place][l] = row + (int32_t)((goal - row) * memory >> 16);
+        v->place[l] = place + 1 == m->places ? 0 : place + 1;
     }
 }
 
@@ -248,13 +266,13 @@ INLINE int64_t lanes_of(const terse_model *m) {
 }
 
 INLINE void code_sizes(stream *given, estimates *s, const terse_model *model, int32_t *values, lanes *rows, int32_t *mean,
-                       const int32_t decode) {
+                       const int32_t trellis, const int32_t decode) {
     terse_model m = *model; /* copies whose addresses are not taken */
     stream c = *given;
     lanes v = *rows;
     const int64_t most = lanes_of(&m);
-    int32_t start[PERIODS]; /* where a row's mean begins: where that of the row `period` before has come to */
-    for (int32_t k = 0; k < PERIODS; k++) start[k] = 32768;
+    int32_t start[PLACES]; /* where a row's means begin: where those of the rows before have come to */
+    for (int32_t k = 0; k < PLACES; k++) start[k] = 32768;
     for (int64_t j = 0; j < m.columns; j++) mean[j] = 32768;
     v.mean = mean;
     for (int64_t i = 0; i < m.rows; i += most) {
@@ -262,22 +280,24 @@ INLINE void code_sizes(stream *given, estimates *s, const terse_model *model, in
         for (int64_t l = 0; l < active; l++) {
             int64_t settle = 4096 / (i + l + 2), least = 4096 >> m.settle;
             v.settle[l] = (int32_t)(settle > least ? settle : least);
-            v.line[l] = values + (i + l) * m.down - l * m.right;
-            v.beside[l] = 0;
-            v.row[l] = v.older[l] = start[(i + l) % m.period];
+            v.line[l] = values + (i + l) * m.columns - l;
+            v.beside[l] = v.path[l] = 0;
+            v.place[l] = 0;
+            for (int32_t k = 0; k < m.places; k++) s->row[k][l] = s->older[k][l] = start[k];
         }
         for (int64_t t = 0; t < steps;) {
             if (active == LANES && t >= LANES - 1 && t < m.columns) {
-                for (; t < m.columns; t++) step(&c, s, &m, &v, t, 0, LANES, decode);
+                for (; t < m.columns; t++) step(&c, s, &m, &v, t, 0, LANES, trellis, decode);
             } else {
                 int64_t from = t < m.columns ? 0 : t - m.columns + 1, to = t < active ? t + 1 : active;
-                for (int64_t l = from; l < to; l++) step(&c, s, &m, &v, t, l, l + 1, decode);
+                for (int64_t l = from; l < to; l++) step(&c, s, &m, &v, t, l, l + 1, trellis, decode);
                 t++;
             }
         }
         for (int64_t l = 0; l < active; l++) {
-            int32_t *kept = &start[(i + l) % m.period];
-            *kept = (3 * *kept + v.row[l]) / 4;
+            for (int32_t k = 0; k < m.places; k++) {
+                start[k] = (3 * start[k] + s->row[k][l]) / 4;
+            }
         }
     }
     *given = c;
@@ -365,7 +385,7 @@ INLINE void signs(stream *c, const terse_model *m, int32_t *values, lanes *v, ui
 
 static int64_t begin_lanes(lanes *v, estimates *s, const terse_model *m) {
     if (m->rows < 1 || m->columns < 1 || m->low > 0 || m->high < 0 || m->low < -(1 << 30) || m->high > 1 << 30 ||
-        m->kernel_rows < 1 || m->kernel_columns < 1 || m->period < 1 || m->period > PERIODS || m->blend < 0 ||
+        m->kernel_rows < 1 || m->kernel_columns < 1 || m->places < 1 || m->places > PLACES || m->blend < 0 ||
         m->blend > 16 || m->slow < 4 || m->slow > 12 || m->memory < 0 || m->memory > 15 || m->settle < 1 ||
         m->settle > 8 || m->rows > INT32_MAX / 4 / m->columns)
         return TERSE_EARGUMENT;
@@ -383,7 +403,8 @@ int64_t terse_context_encode(const int32_t *in, const terse_model *m, uint64_t *
     int64_t error = begin_lanes(&v, &s, m), at, count = lanes_of(m);
     if (error) return error;
     stream c = {.list = listed, .capacity = room};
-    code_sizes(&c, &s, m, (int32_t *)in, &v, mean, 0);
+    if (m->trellis) code_sizes(&c, &s, m, (int32_t *)in, &v, mean, 1, 0);
+    else code_sizes(&c, &s, m, (int32_t *)in, &v, mean, 0, 0);
     signs(&c, m, (int32_t *)in, &v, around, 0);
     if (c.listed > room) return TERSE_ERANGE;
     /* States begin at 0, which costs least. But where one lane sends its first word while another has not come to 32 bits,
@@ -438,7 +459,8 @@ int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_mode
     }
     if ((length - at) % 4) return TERSE_EDATA;
     stream c = {.in = in + at, .end = in + length};
-    code_sizes(&c, &s, m, out, &v, mean, 1);
+    if (m->trellis) code_sizes(&c, &s, m, out, &v, mean, 1, 1);
+    else code_sizes(&c, &s, m, out, &v, mean, 0, 1);
     signs(&c, m, out, &v, around, 1);
     for (int64_t l = 0; l < count; l++)
         if (v.state[l] && (count == 1 || v.state[l] != (uint64_t)1 << 32)) return TERSE_EDATA;

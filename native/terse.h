@@ -55,13 +55,18 @@ TERSE_API int64_t terse_rans_decode(const uint8_t *in, int64_t length, const uin
 /* rans.py: n bytes to 2 n nibbles, the low one first. */
 TERSE_API int64_t terse_rans_split(const uint8_t *in, int64_t n, uint8_t *out);
 
-/* context.py: adaptive coding of a matrix of integers with rANS, row by row. Its values lie in memory in the order of the
- * array that it was made of, whose last two axes are the kernel: signs look at their neighbours there. */
+/* Trellis-coded quantization (Marcellin and Fischer 1990) in the form of dependent quantization: a state that is even holds
+ * an even level, one that is odd an odd level or zero. A level's number is half of its size, rounded up; whether that is
+ * even or odd leads to the next state. A line begins in state 0. */
+#define TERSE_STATES 8
+#define TERSE_NEXT {{0, 2}, {5, 7}, {1, 3}, {6, 4}, {2, 0}, {4, 6}, {3, 1}, {7, 5}}
+
+/* context.py: adaptive coding of a matrix of integers with rANS, row by row. The last two axes of the array that it was
+ * made of are the kernel: signs look at their neighbours there. */
 typedef struct {
     int64_t rows, columns;
-    int64_t down, right; /* from a value to the next of its column and of its row, in values */
     int64_t kernel_rows, kernel_columns;
-    int32_t period;       /* rows so far apart are alike, 1..64 */
+    int32_t places;       /* so many columns in turn have means of their own along the row, 1..64 */
     int32_t low, high;    /* every value lies in low..high; low <= 0 <= high */
     int32_t slow;         /* counts are halved from 2^(slow + 1) on, 4..12 */
     int32_t blend;        /* weight of the column's mean magnitude, 0..16; the row's has 16 - blend */
@@ -69,8 +74,9 @@ typedef struct {
     int32_t settle;
     int32_t signs;        /* where they have contexts, their shares of "negative" in 1/16, of four bits each: by the left
                            * and the upper neighbour in the kernel (+, 0), (0, +), (+, +), (+, -); the others mirror these */
+    int32_t trellis;      /* 1 where levels follow the trellis along the rows: numbers are coded, by the state's alphabets */
     const uint8_t *level; /* [4096]: predicted magnitude in 1/256 -> context 0..23 */
-    const int16_t *prior; /* [24][16]: first shares of the letters up to each, in 1/32768, less 1 */
+    const int16_t *prior; /* [48][16]: first shares of the letters up to each, in 1/32768, less 1; from 24 on for odd levels */
 } terse_model;
 
 /* `list` has room for a word for each coding step: one for each value, one more for each sign, for each magnitude from 8
@@ -81,19 +87,24 @@ TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *mod
 TERSE_API int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *model, int32_t *out,
                                        int32_t *mean, uint8_t *around);
 
-/* feedback.py: levels for `whitened` [columns][rows], which is used up, from L [columns][columns] of the inputs and, or
- * NULL, the outputs' L [rows][rows] with each column divided by its diagonal; `work` has room for 2 * rows. */
+/* feedback.py: levels for `whitened` [lines][values], which is used up, from the Cholesky factor [lines][lines] of one side
+ * and that [values][values] of the other with each column divided by its diagonal; NULL for a diagonal one. */
 typedef struct {
-    int64_t columns, rows;
-    const double *column, *row;      /* the step of (j, i) is column[j] * row[i] */
-    const double *edge, *one, *more; /* a column whose mean size is under edge[k] takes the thresholds of context k: how */
-    int32_t contexts;                /* far above k - 1/2 a size is rounded to k - 1, for k = 1 and for k > 1 */
+    int64_t lines, values;
+    const double *line, *value;    /* the step of (j, i) is line[j] * value[i] */
+    const double *edge, *profile;  /* a value takes context k where the line's mean size times its profile is under edge[k] */
+    const double *bits;            /* [contexts][8] what bits are worth. With `weight` of the numbers 0, 1, 2 and for each
+                                      from there on, for even levels, then odd; else how far above k - 1/2 a size is
+                                      rounded to k - 1, for k = 1 and for k > 1 */
+    int32_t contexts;
     double highest;
-    const uint8_t *kept; /* [columns][rows], or NULL: levels elsewhere are 0 */
+    const uint8_t *kept;           /* [lines][values], or NULL: levels elsewhere are 0; without `weight` alone */
+    const double *weight;          /* what a squared step of error costs for each value, in a trellis; NULL: no trellis */
 } terse_feedback_steps;
 
-TERSE_API int64_t terse_feedback(double *whitened, const double *inputs, const double *outputs,
-                                 const terse_feedback_steps *steps, int32_t *levels, double *work);
+/* `carried` and `context` have room for a line. */
+TERSE_API int64_t terse_feedback(double *whitened, const double *lines, const double *values,
+                                 const terse_feedback_steps *steps, int32_t *levels, double *carried, int32_t *context);
 
 /* surgeon.py: removes `count` of n weights one by one, the cheapest first, from w and the inverse moment [n][n], both of
  * which are used up. */

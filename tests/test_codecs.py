@@ -1,5 +1,7 @@
 """One contract over the table of codecs, and each codec's own promises."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from tersenet import codecs, native
 from tersenet.codecs import CODECS, filters, huffman, rans
 from tersenet.codecs.context import LANES, SMALL, Model, choose, decode_array, encode_array, sign_shares
 from tersenet.codecs.stream import FormatError, Reader, Unsuited, put_number, unzigzag, zigzag
+from tersenet.codecs.trellis import NEXT, follows
 
 RNG = np.random.default_rng(0)
 TYPES = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.bool_]
@@ -202,6 +205,43 @@ def test_four_rows_at_once_make_the_bytes_of_the_twin(scale, shape, monkeypatch)
             without.setattr(native, "library", lambda: None)
             assert encode_array(values, model, low, high) == data
             assert np.array_equal(decode_array(data, model, shape, low, high), values)
+
+
+def path(scale, shape):
+    """Levels whose rows are paths through the trellis."""
+    numbers = np.rint(np.random.default_rng(9).laplace(0, scale, (shape[0], math.prod(shape[1:])))).astype(np.int32)
+    for row in numbers:
+        state = 0
+        for j, number in enumerate(row):
+            row[j] = np.sign(number) * (2 * abs(number) - (state & 1))
+            state = NEXT[state][number & 1]
+    assert follows(numbers)
+    return numbers.reshape(shape)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.5, 3, 300])
+@pytest.mark.parametrize("shape", [(64, 200), (20, 20, 3, 3), (600, 4), (5, 7)])
+def test_paths_through_the_trellis_are_coded_by_their_numbers(scale, shape, monkeypatch):
+    values = path(scale, shape)
+    low, high = min(int(values.min()), 0), max(int(values.max()), 0)
+    assert choose(values, low, high).trellis
+    for model in (choose(values, low, high), Model(1, 1, 2, 3, 1, 1, 1)):
+        data = encode_array(values, model, low, high)
+        assert np.array_equal(decode_array(data, model, shape, low, high), values)
+        with monkeypatch.context() as without:
+            without.setattr(native, "library", lambda: None)
+            assert encode_array(values, model, low, high) == data
+            assert np.array_equal(decode_array(data, model, shape, low, high), values)
+
+
+def test_the_numbers_of_a_path_cost_no_more_than_plain_levels_of_their_size():
+    plain = np.rint(np.random.default_rng(9).laplace(0, 3, (200, 300))).astype(np.int32)
+    values = path(3, (200, 300))
+    assert len(CODECS["context"].encode(values)) < 1.01 * len(CODECS["context"].encode(plain))
+    values[100, 150] += 1 if values[100, 150] else 2  # no path any more
+    assert np.array_equal(
+        CODECS["context"].decode(CODECS["context"].encode(values), values.shape, values.dtype), values
+    )
 
 
 def test_lanes_that_have_little_to_code_come_back():

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
     "packed": "", "task": "", "native": "", "allocators": "task", "information": "",
     "codecs": "native", "container": "packed codecs",
-    "artifact": "container packed codecs", "methods": "packed native", "calibrate": "task",
+    "artifact": "container packed codecs", "methods": "packed native codecs", "calibrate": "task",
     "recipe": "packed task artifact", "stages": "recipe methods calibrate packed task artifact allocators",
     "papers": "stages methods allocators recipe", "promise": "artifact calibrate packed papers recipe stages task",
     "recipe_file": "papers stages methods recipe",

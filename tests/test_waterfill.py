@@ -14,6 +14,8 @@ import tersenet as tn
 from tersenet.allocators.lagrange import Lagrange, Option, from_below
 from tersenet.artifact import Artifact, load
 from tersenet.calibrate import input_moments, moments
+from tersenet.codecs import CODECS
+from tersenet.codecs.trellis import follows
 from tersenet.methods.feedback import Metric, Steps, levels, waterfilled
 from tersenet.methods.transform import KernelDCT
 from tersenet.packed import Transformed, unpack
@@ -180,11 +182,41 @@ def test_the_twin_finds_the_same_levels(rate, groups, monkeypatch):
     metric = Metric(*(np.concatenate([getattr(m, part) for _, m in problems]) for part in ("inputs", "outputs")))
     steps = waterfilled(metric, 0.3, 4).parts()
     some = np.random.default_rng(groups).random(w.shape) < 0.4
-    for known, kept in itertools.product((metric, replace(metric, outputs=metric.rows())), (None, some)):
-        native_levels = levels(w, known, steps, rate, kept)
+    diagonal = replace(metric, outputs=metric.rows())
+    ways = [(None, False), (some, False), (None, True)]
+    for known, (kept, trellis) in itertools.product((metric, diagonal, replace(diagonal, inputs=None)), ways):
+        native_levels = levels(w, known, steps, rate, kept, trellis)
         with monkeypatch.context() as without:
             without.setattr("tersenet.native.library", lambda: None)
-            assert np.array_equal(levels(w, known, steps, rate, kept), native_levels)
+            assert np.array_equal(levels(w, known, steps, rate, kept, trellis), native_levels)
+
+
+def test_rows_of_a_trellis_are_paths_through_it_at_any_length():
+    for n in (1, 2, 3, 31, 32, 33, 64, 65, 100):
+        w, metric = problem(rows=5, n=n, seed=n)
+        for known in (replace(metric, inputs=None, outputs=metric.rows()), metric):
+            q = levels(w, known, (np.full((1, 5), 0.1), np.ones(n)), 0.0, None, True)
+            assert follows(q[0])
+        assert cost(w - q * 0.1, metric) <= cost(w - np.rint(w / 0.2) * 0.2, metric)
+
+
+def test_a_trellis_errs_a_decibel_less_in_as_many_bytes():
+    def both(w, metric, step, trellis):
+        q = levels(w, metric, (np.full((1, len(w[0])), step), np.ones(w.shape[2])), 0.0, None, trellis)
+        if metric.inputs is None:
+            return float(np.square(w - q * step).sum()), q[0]
+        return cost(w - q * step, metric), q[0]
+
+    w = np.random.default_rng(0).normal(size=(1, 60, 500)) * 4
+    metric = Metric(None, np.ones((1, 60)))
+    (plain, q), (error, path) = both(w, metric, 1.0, False), both(w, metric, 0.5, True)
+    assert len(CODECS["context"].encode(path)) < 1.005 * len(CODECS["context"].encode(q))
+    assert 10 * np.log10(plain / error) > 0.95
+    w, metric = problem(rows=20, n=100)
+    for step in (0.3, 1.0):
+        assert both(w, metric, step / 2, True)[0] < 0.85 * both(w, metric, step, False)[0]
+    with pytest.raises(ValueError, match="held at zero"):
+        levels(w, metric, (np.ones((1, 20)), np.ones(100)), 0.5, np.ones(w.shape, bool), True)
 
 
 def test_waterfilled_steps_cost_what_they_promise_and_pricing_bits_makes_levels_smaller():

@@ -3,11 +3,12 @@
 A magnitude is one of 16 letters (0..7, half octaves up to 127, "128 and more"); even bits tell the magnitudes of a
 letter apart. The letters' alphabet belongs to a prediction of the magnitude, on a scale of 24 steps, and to the left
 neighbour's magnitude. The prediction blends the mean of the column over earlier rows with a decaying mean along the
-row, which begins where that of the last row of the same place in a kernel has come to. An alphabet is counted,
-leaning on the counts of its prediction alone and those on a Laplace distribution of that mean, so small tensors pay
-little for learning. Signs follow; where it pays, two bytes tell how often a sign is that of its neighbours in the
-kernel. How the array is laid out as a matrix, the blend and the memories are chosen for each array and cost two
-bytes.
+row, or one for each place of the kernels along the row; these begin where those of earlier rows have come to. An
+alphabet is counted, leaning on the counts of its prediction alone and those on a Laplace distribution of that mean, so
+small tensors pay little for learning. Signs follow; where it pays, two bytes tell how often a sign is that of its
+neighbours in the kernel. The blend, the memories and what has contexts are chosen for each array and cost two bytes.
+Where the rows are paths through the trellis (`trellis.py`), the levels' numbers are coded, with alphabets of their own
+for states that hold odd levels.
 
 DeepCABAC (Wiedemann et al. 2019) and ISO/IEC 15938-17 code binary decisions instead: as small, but a processor
 guesses each of them and starts again when it guessed wrong, which makes decoding several times slower.
@@ -24,11 +25,12 @@ from numpy.typing import NDArray
 
 from tersenet import native
 from tersenet.codecs.stream import FormatError, Ints, Reader, Unsuited, flat32, put_number, unzigzag, zigzag
+from tersenet.codecs.trellis import NEXT, follows
 
 LEVELS, LEFTS, LETTERS, EXACT, TAIL = 24, 4, 16, 8, 128
 BITS, LEAST = 15, 4  # shares are in 1/2^15; no letter's tends to less than LEAST
 WHOLE = 1 << BITS
-LANES, SMALL, PERIODS = 4, 1024, 64  # rows that are coded at once, from so many values on
+LANES, SMALL, PLACES = 4, 1024, 64  # rows that are coded at once, from so many values on
 FRESH, KNOWN = 32, 64  # what an alphabet's counts are added to: so much of its parent, of the prior
 CHUNK, MANY = 256, 16  # kernels whose signs are coded side by side, where there are so many
 MOST = (1 << 29) - 1  # integers of an array
@@ -43,47 +45,52 @@ _EDGES = [round(2 ** (k / 2)) for k in range(LEVELS - 1)]
 LEVEL = np.searchsorted(np.array(_EDGES), np.arange(4096), side="right").astype(np.uint8)
 
 
-def _laplace(mean: float) -> list[int]:
-    """Shares in 1/WHOLE, less WHOLE, of the letters up to each for a rounded Laplace variable of this mean."""
+def _laplace(mean: float, odd: bool) -> list[int]:
+    """Shares in 1/WHOLE, less WHOLE, of the letters up to each for a rounded Laplace variable of this mean.
+
+    In states of a trellis that hold odd levels, the first lie at half a number, and zero takes half as much.
+    """
     significant = (math.sqrt(1 + 4 * mean * mean) - 1) / (2 * mean)
     greater = min(max(significant**2, 0.1), 0.97)
     free = WHOLE - LEAST * LETTERS
-    ends = [int(free * (1 - significant * greater ** (floor - 1))) for floor in FLOOR[1:]]
+    first = math.sqrt(significant) if odd else significant
+    second = significant * math.sqrt(greater) if odd else significant * greater
+    ends = [int(free * (1 - (first if floor == 1 else second * greater ** (floor - 2)))) for floor in FLOOR[1:]]
     return [end + LEAST * (k + 1) - WHOLE for k, end in enumerate(ends)] + [0]
 
 
-PRIOR = np.array([_laplace(2 ** ((k - 0.5) / 2) / 256) for k in range(LEVELS)], np.int16)
+PRIOR = np.array([_laplace(2 ** ((k - 0.5) / 2) / 256, odd) for odd in (False, True) for k in range(LEVELS)], np.int16)
 TABLES = LEVEL.ctypes.data, PRIOR.ctypes.data
 
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("rows", "columns", "down", "right", "kernel_rows", "kernel_columns")],
-        *[(name, ctypes.c_int32) for name in ("period", "low", "high", "slow", "blend", "memory", "settle", "signs")],
+        *[(name, ctypes.c_int64) for name in ("rows", "columns", "kernel_rows", "kernel_columns")],
+        *[(name, ctypes.c_int32) for name in ("places", "low", "high", "slow", "blend", "memory", "settle")],
+        *[(name, ctypes.c_int32) for name in ("signs", "trellis")],
         *[(name, ctypes.c_void_p) for name in ("level", "prior")],
     ]
 
 
 CHOICES = {  # of each setting, the usual one first
-    "layout": (0, 1),
+    "places": (0, 1),
     "slow": (7, 6, 9, 11),
     "blend": (8, 4, 12, 0, 16),
     "memory": (3, 2, 4, 5),
     "settle": (4, 3, 6, 8),
     "signs": (0, 1),
+    "trellis": (0, 1),
 }
 MODELS = math.prod(map(len, CHOICES.values()))
 
 
 class Matrix(NamedTuple):
-    """How an array is walked: the size of the matrix, the steps in memory, the last two axes, how rows repeat."""
+    """How an array is walked: the size of the matrix, the last two axes, how many places of a kernel have own means."""
 
     rows: int
     columns: int
-    down: int
-    right: int
     kernel: tuple[int, int]
-    period: int
+    places: int
 
     @property
     def lanes(self) -> int:
@@ -106,17 +113,19 @@ class Matrix(NamedTuple):
 class Model(NamedTuple):
     """How one array is coded, as indices into `CHOICES`.
 
-    The rows of `layout` 0 are the first axis, those of 1 all others. Counts are halved at 2^(slow + 1). `blend` is the
-    weight of the column's mean in 1/16. Means of a row and of a column move by 2^-memory and 2^-settle of their way.
-    `signs` is 1 where signs have contexts (`sign_shares`).
+    `places` is 1 where each place of a kernel has its own mean along the row. Counts are halved at 2^(slow + 1).
+    `blend` is the weight of the column's mean in 1/16. Means of a row and of a column move by 2^-memory and 2^-settle
+    of their way.
+    `signs` is 1 where signs have contexts (`sign_shares`), `trellis` where rows are paths through the trellis.
     """
 
-    layout: int = 0
+    places: int = 0
     slow: int = 0
     blend: int = 0
     memory: int = 0
     settle: int = 0
     signs: int = 0
+    trellis: int = 0
 
     def number(self) -> int:
         total = 0
@@ -137,7 +146,7 @@ class Model(NamedTuple):
         return Model(*(options[index] for index, options in zip(self, CHOICES.values(), strict=True)))
 
     def matrix(self, shape: Sequence[int]) -> Matrix:
-        """The matrix for an array of this shape, in which axes of one place do not count.
+        """The matrix for an array of this shape, in which axes of one place do not count; its rows are the first axis.
 
         An array of one axis is one row, or rows of 1024 where that comes out even: means of columns are then few.
         """
@@ -146,16 +155,14 @@ class Model(NamedTuple):
             size = math.prod(axes)
             axes = [size // 1024, 1024] if size and size % 1024 == 0 else [1, size]
         rows, columns, kernel = axes[0], math.prod(axes[1:]), (axes[-2], axes[-1])
-        if self.layout == 0:
-            return Matrix(rows, columns, columns, 1, kernel, 1)
-        period = math.prod(axes[2:])
-        return Matrix(columns, rows, 1, columns, kernel, period if period <= PERIODS else 1)
+        places = math.prod(axes[2:]) if self.places else 1
+        return Matrix(rows, columns, kernel, places if places <= PLACES else 1)
 
     def native(self, matrix: Matrix, low: int, high: int, signs: int) -> _Model:
         """The same for the C core."""
         c = self.chosen()
-        settings = (low, high, c.slow, c.blend, c.memory, c.settle, signs)
-        return _Model(*matrix[:4], *matrix.kernel, matrix.period, *settings, *TABLES)
+        settings = (low, high, c.slow, c.blend, c.memory, c.settle, signs, c.trellis)
+        return _Model(matrix.rows, matrix.columns, *matrix.kernel, matrix.places, *settings, *TABLES)
 
 
 def sign_shares(values: NDArray[np.int32], kernel: tuple[int, int]) -> int:
@@ -231,8 +238,8 @@ def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
             sized[model] = len(encode_array(sample, model, low, high))
         return sized[model]
 
-    best = Model()
-    for name in ("layout", "signs", "blend", "memory", "settle", "slow"):
+    best = Model(trellis=int(follows(values.reshape(Model().matrix(values.shape)[:2]))))
+    for name in ("places", "signs", "blend", "memory", "settle", "slow"):
         best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=size)
     return best
 
@@ -342,6 +349,8 @@ class _Walk:
 
     def walk(self, values: list[int], matrix: Matrix, model: Model, low: int, high: int, signs: int) -> None:
         self.most = max(high, -low)
+        if model.trellis:
+            self.most = (self.most + 1) // 2
         self.sizes(values, matrix, model.chosen())
         if low < 0:
             self.signs(values, matrix, signs)
@@ -349,44 +358,52 @@ class _Walk:
             raise FormatError("a context-coded stream is damaged")
 
     def sizes(self, values: list[int], matrix: Matrix, chosen: Model) -> None:
-        rows, columns, lanes, period = matrix.rows, matrix.columns, matrix.lanes, matrix.period
+        rows, columns, lanes, places = matrix.rows, matrix.columns, matrix.lanes, matrix.places
         blend, memory, least = chosen.blend, 65536 >> chosen.memory, 4096 >> chosen.settle
         last, most = max(letter_of(self.most), 1), 2 << chosen.slow  # no share may be the whole
         levels = []
-        for prior in PRIOR.astype(np.float32) + np.float32(WHOLE):
+        for prior in (PRIOR.astype(np.float32) + np.float32(WHOLE))[: LEVELS * (1 + chosen.trellis)]:
             far = _Counts()
             levels.append([_Alphabet(prior, far, last) for _ in range(LEFTS)])
-        mean, start = [32768] * columns, [32768] * PERIODS
+        mean, start = [32768] * columns, [32768] * places
         for first in range(0, rows, lanes):
             active = range(min(lanes, rows - first))
             settle = [max(4096 // (first + lane + 2), least) for lane in active]
-            row = [start[(first + lane) % period] for lane in active]
-            older, beside = list(row), [0 for _ in active]
+            row, older = [list(start) for _ in active], [list(start) for _ in active]
+            beside, state = [0 for _ in active], [0 for _ in active]
             for t in range(columns + len(active) - 1):
                 now = [lane for lane in active if 0 <= t - lane < columns]
                 for together in [now] if len(now) == LANES else [[lane] for lane in now]:
                     coded = []
                     for lane in together:
-                        level = int(LEVEL[older[lane] * (16 - blend) + mean[t - lane] * blend >> 12])
-                        alphabet = levels[level][min(beside[lane], LEFTS - 1)]
-                        at = (first + lane) * matrix.down + (t - lane) * matrix.right
-                        coded.append((lane, at, alphabet, alphabet.ends))
+                        along = older[lane][(t - lane) % places]
+                        level = int(LEVEL[along * (16 - blend) + mean[t - lane] * blend >> 12])
+                        alphabet = levels[level + LEVELS * (state[lane] & 1)][min(beside[lane], LEFTS - 1)]
+                        at = (first + lane) * columns + t - lane
+                        size = abs(values[at]) + (state[lane] & 1) >> chosen.trellis
+                        coded.append((lane, at, size, alphabet, alphabet.ends))
                     letters = []
-                    for lane, at, alphabet, ends in coded:
-                        letters.append(self.code(letter_of(abs(values[at])), ends, lane))
+                    for lane, _, size, alphabet, ends in coded:
+                        letters.append(self.code(letter_of(size), ends, lane))
                         alphabet.fresh[letters[-1]] += 1
-                    for (lane, at, alphabet, _), seen in zip(coded, letters, strict=True):
-                        size = self.rest(seen, abs(values[at]), lane) if seen >= EXACT else seen
+                    for (lane, at, size, alphabet, _), seen in zip(coded, letters, strict=True):
+                        size, goal = self.rest(seen, size, lane) if seen >= EXACT else seen, seen << 16
+                        if chosen.trellis:
+                            size = min(size, 1 << 29)
+                            odd = state[lane] & int(seen > 0)
+                            state[lane] = NEXT[state[lane]][size & 1]
+                            size, goal = 2 * size - odd, goal - (odd << 15)
                         self.keep(values, at, size)
                         alphabet.due -= 1
                         if alphabet.due == 0:
                             alphabet.renew(most, last)
                         j = t - lane
-                        mean[j] += ((seen << 16) - mean[j]) * settle[lane] >> 12
-                        beside[lane], older[lane] = seen, row[lane]
-                        row[lane] += ((seen << 16) - row[lane]) * memory >> 16
+                        mean[j] += (goal - mean[j]) * settle[lane] >> 12
+                        beside[lane], means = seen, row[lane]
+                        older[lane][j % places] = means[j % places]
+                        means[j % places] += (goal - means[j % places]) * memory >> 16
             for lane in active:
-                start[(first + lane) % period] = (3 * start[(first + lane) % period] + row[lane]) // 4
+                start = [(3 * begun + come) // 4 for begun, come in zip(start, row[lane], strict=True)]
 
     def keep(self, values: list[int], at: int, size: int) -> None:
         """Write down a decoded magnitude; the encoder knows it."""

@@ -10,18 +10,13 @@ a rounded Laplace variable of the column's mean. Where we differ: all layers sha
 the size of the network.
 """
 
-import ctypes
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from tersenet import native
+from tersenet.methods.recursion import MEANS, Recursion
 from tersenet.packed import Array, Packed, Transformed, Uniform, narrowed
-
-HIGHEST = 32767.0
-MEANS = 2.0 ** ((np.arange(24) - 0.5) / 2) / 256  # mean sizes of the columns for which rates are tabled
-EDGES = 2.0 ** (np.arange(23) / 2) / 256
 
 
 @dataclass(frozen=True)
@@ -85,94 +80,66 @@ def waterfilled(metric: Metric, c: float, places: int) -> Steps:
     return Steps(scale, *clipped)
 
 
-def levels(w: Array, metric: Metric, steps: tuple[Array, Array], rate: float, kept: Array | None = None) -> Array:
+def levels(
+    w: Array, metric: Metric, steps: tuple[Array, Array], rate: float, kept: Array | None = None, trellis: bool = False
+) -> Array:
     """Integers [groups, rows, n] for weights of that shape, with error feedback; 0 where `kept` is not set.
 
     The step of a weight is the product of its row's, steps[0] [groups, rows], and its column's, steps[1] [n] or [1].
-    `rate` weighs bits against distortion: at 1 a bit is worth what it is worth at high rate, step^2 ln 2 / 6. With
-    diagonal factors and `rate` 0 this is rounding.
+    `rate` weighs bits against distortion: at 1 a bit is worth what it is worth at high rate. With diagonal factors and
+    `rate` 0 this is rounding. With `trellis` each row is a path through the trellis (`codecs/trellis.py`), in which
+    nothing can be held at zero.
     """
-    one, more = thresholds(rate)
-    if metric.inputs is None:
-        x = w / (steps[0][..., None] * steps[1])
-        return np.copysign(rounded(np.abs(x), np.abs(x).mean(axis=1, keepdims=True), one, more), x).astype(np.int32)
+    if trellis and kept is not None:
+        raise ValueError("levels in a trellis cannot be held at zero")
     q = np.empty(w.shape, np.int32)
-    for g, inputs in enumerate(metric.inputs):
-        whitened = np.ascontiguousarray((w[g] @ inputs).T)
-        outputs = None
-        if metric.outputs.ndim == 3:
-            outputs = np.ascontiguousarray(metric.outputs[g] / np.diagonal(metric.outputs[g]))
-        mask = None if kept is None else np.ascontiguousarray(kept[g].T)
-        q[g] = _fed_back(whitened, np.ascontiguousarray(inputs), outputs, (steps[1], steps[0][g], one, more), mask).T
+    for g, weights in enumerate(w):
+        rows = metric.outputs[g] if metric.outputs.ndim == 3 else None
+        columns = None if metric.inputs is None else metric.inputs[g]
+        whitened = np.array(weights if rows is None else rows.T @ weights, np.float64)
+        own = np.ones(len(weights)) if rows is None else np.diagonal(rows)
+        column = np.array(np.broadcast_to(steps[1], weights.shape[1:]), np.float64)
+        profile = (np.abs(whitened) / (own * steps[0][g])[:, None]).mean(0) / column
+        weight = None
+        if trellis:
+            weight = np.square(column if columns is None else column * np.diagonal(columns))
+            weight /= weight.mean()
+        factors = [f if f is None else np.ascontiguousarray(f) for f in (rows, columns)]
+        given = Recursion(
+            factors[0],
+            None if columns is None else np.ascontiguousarray(columns / np.diagonal(columns)),
+            np.array(steps[0][g], np.float64),
+            column,
+            profile / max(float(profile.mean()), 1e-300),
+            worths(rate) if trellis else thresholds(rate),
+            weight,
+            None if kept is None else np.ascontiguousarray(kept[g]),
+        )
+        q[g] = given.levels(whitened)
     return q
 
 
-def thresholds(rate: float) -> tuple[Array, Array]:
-    """How far above k - 1/2 a size must be to become k, for k = 1 and for k > 1, at each of `MEANS`."""
+def thresholds(rate: float) -> Array:
+    """[means, 8]: how far above k - 1/2 a size must be to become k, for k = 1 and for k > 1, at each of `MEANS`."""
     significant = (np.sqrt(1 + 4 * MEANS * MEANS) - 1) / (2 * MEANS)
     decay = np.clip(significant * significant, 0.02, 0.98)
     first_bits = np.log2((1 - significant) / (significant * (1 - decay))) + 1  # from 0 to 1, with its sign
-    price = rate * math.log(2) / 12
-    return price * np.maximum(first_bits, 0), -price * np.log2(decay)
-
-
-def rounded(size: Array, mean: Array, one: Array, more: Array) -> Array:
-    """Sizes in steps to whole numbers, down where the bits saved are worth the error."""
-    context = np.searchsorted(EDGES, mean, side="right")
-    size = np.minimum(size, HIGHEST)
-    k = np.floor(size + 0.5)
-    whole: Array = k - ((k > 0) & (size - (k - 0.5) < np.where(k > 1, more[context], one[context])))
-    return whole
-
-
-class _Steps(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("columns", "rows")],
-        *[(name, ctypes.c_void_p) for name in ("column", "row", "edge", "one", "more")],
-        ("contexts", ctypes.c_int32),
-        ("highest", ctypes.c_double),
-        ("kept", ctypes.c_void_p),
-    ]
-
-
-def _fed_back(
-    whitened: Array, inputs: Array, outputs: Array | None, steps: tuple[Array, ...], kept: Array | None
-) -> Array:
-    """Levels [n, rows], 0 outside the boolean `kept` [n, rows]; `whitened` is used up."""
-    column, row, one, more = (np.ascontiguousarray(part, np.float64) for part in steps)
-    n, m = whitened.shape
-    found = np.zeros((n, m), np.int32)
-    tables = (part.ctypes.data for part in (column, row, EDGES, one, more))
-    settings = _Steps(n, m, *tables, len(MEANS), HIGHEST, None if kept is None else kept.ctypes.data)
-    given = (whitened, inputs, outputs, ctypes.byref(settings), found, np.empty(2 * m))
-    done = native.call("feedback", *given)
-    if done is None:
-        return _fed_back_slowly(whitened, inputs, outputs, (column, row, one, more), kept)
-    if done != found.size:
-        raise RuntimeError(f"error feedback failed ({done})")
+    price, found = rate * math.log(2) / 12, np.zeros((len(MEANS), 8))
+    found[:, 0], found[:, 1] = price * np.maximum(first_bits, 0), -price * np.log2(decay)
     return found
 
 
-def _fed_back_slowly(
-    whitened: Array, inputs: Array, outputs: Array | None, steps: tuple[Array, ...], kept: Array | None
-) -> Array:
-    column, row, one, more = steps
-    found = np.zeros(whitened.shape, np.int32)
-    kept = np.ones(whitened.shape, bool) if kept is None else kept
-    for j in reversed(range(len(whitened))):
-        step, own = row * column[j], inputs[j, j]
-        mean = np.cumsum(np.abs(whitened[j] / (own * step)) * kept[j])[-1] / len(row)  # in the order of the C core
-        if outputs is None:
-            x = whitened[j] / (own * step)
-            found[j] = np.copysign(rounded(np.abs(x), mean, one, more), x) * kept[j]
-        else:
-            carried = np.zeros(len(row))
-            for i in reversed(range(len(row))):
-                x = (whitened[j, i] + carried[i]) / (own * step[i])
-                found[j, i] = np.copysign(rounded(np.abs(x), mean, one, more), x) * kept[j, i]
-                carried[:i] += outputs[i, :i] * (whitened[j, i] - found[j, i] * step[i] * own)
-        whitened[:j] -= inputs[j, :j, None] * (found[j] * step)
-    return found
+def worths(rate: float) -> Array:
+    """[means, 8]: what the bits of the numbers 0, 1, 2 and of each further one are worth, for even levels, then odd.
+
+    Of a Laplace variable at each of `MEANS`, in squared steps: the error of a trellis is 0.255 of them, and at rate 1 a
+    bit is worth 2 ln 2 times the error.
+    """
+    decay = np.clip(np.exp(-1 / MEANS), 1e-3, 1 - 1e-3)  # from one step to the next
+    log, most = np.log2(decay), np.log2(0.5 * (1 - decay * decay))
+    even = [np.log2(1 - decay), log + most, 3 * log + most, 2 * log]
+    odd = [np.log2(1 - np.sqrt(decay)), np.log2(0.5 * (np.sqrt(decay) - decay * decay)), 2 * log + most, 2 * log]
+    return np.ascontiguousarray(-rate * 2 * math.log(2) * 0.255 * np.stack(even + odd, 1))
 
 
 def tree_of(q: Array, steps: Steps, shape: tuple[int, ...], transformed: bool) -> Packed:

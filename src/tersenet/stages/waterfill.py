@@ -77,7 +77,7 @@ class Prepared:
         biases = {name: dense_array(self.draft.tensors[name]).astype(np.float64) for name in self.shifts}
         for layer in self.layers:
             steps = waterfilled(layer.metric, c, math.prod(layer.shape[2:]))
-            q = levels(layer.weight, layer.metric, steps.parts(), rate, layer.kept)
+            q = levels(layer.weight, layer.metric, steps.parts(), rate, layer.kept, layer.kept is None)
             trees[layer.name] = tree_of(q, steps, layer.shape, layer.transformed)
             if layer.bias is not None:
                 biases[layer.bias] += ((layer.weight - q * steps.dense()) @ layer.means[..., None]).reshape(-1)
