@@ -19,7 +19,7 @@ from tersenet.stages.waterfill import Damping, Gathered, Prepared, prepare
 from tersenet.task import Task, one_thread, progress
 
 DAMPINGS = (Damping(), Damping(rows=1.0))
-RATES = (0.5, 1.0)  # how much a bit weighs against distortion
+RATES = (0.3, 0.5)  # how much a bit weighs against distortion
 QUICK = Coding(("bits", "context"))  # nearly as small as the best of all codecs, and never smaller
 FALL = 5  # by experience: the difference falls with about this power of the size
 
