@@ -115,8 +115,9 @@ def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
         return Gathered(draft, {}, {})
     x = task.calibration(samples)
     draft, biases = folded(draft, x[: min(len(x), 8)])
-    one = moments(draft.module(), x[::2], task)
-    other = moments(draft.module(), x[1::2], task, seed=len(x)) if len(x) > 1 else one
+    labels = min(16, max(4, 4096 // len(x)))  # where there are few inputs, more labels make up for it in part
+    one = moments(draft.module(), x[::2], task, labels)
+    other = moments(draft.module(), x[1::2], task, labels, seed=len(x)) if len(x) > 1 else one
     return Gathered(draft, {name: (known, other[name]) for name, known in one.items()}, biases)
 
 
