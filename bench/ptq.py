@@ -184,12 +184,12 @@ def ratios(rows) -> dict[str, float]:
         )
         if not ours or not peer:
             continue
-        best, logs = np.maximum.accumulate([a for _, a in ours]), []
-        top = -1.0
+        reached = np.maximum.accumulate([a for _, a in ours])
+        best, at = np.unique(reached, return_index=True)  # the smallest file of each accuracy
+        ours, logs, top = [ours[k] for k in at], [], -1.0
         for size, accuracy in peer:
             if accuracy > top and best[0] <= accuracy <= best[-1]:
-                at = np.interp(accuracy, best, np.log([b for b, _ in ours]))
-                logs.append(at - np.log(size))
+                logs.append(np.interp(accuracy, best, np.log([b for b, _ in ours])) - np.log(size))
             top = max(top, accuracy)
         if logs:
             found[network] = round(float(np.exp(np.mean(logs))), 3)

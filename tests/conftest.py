@@ -1,5 +1,6 @@
 """Shared fixtures: real data where it lies beside the project, trees of every node, and the NumPy twins."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from tersenet import native
-from tersenet.artifact import Artifact, Tensor
+from tersenet.artifact import Artifact, Coding, Tensor
 from tersenet.codecs import CODECS
+from tersenet.codecs.trellis import NEXT
 from tersenet.packed import Codebook, Factored, Sliced, Sparse, Transformed, Uniform
 
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -72,6 +74,17 @@ def trees():
     }
 
 
+def path_levels(*shape):
+    """Levels whose rows follow the trellis, as dependent quantization makes them."""
+    rng, levels = np.random.default_rng(3), np.zeros((shape[0], math.prod(shape[1:])), np.int8)
+    for row in levels:
+        state = 0
+        for at, number in enumerate(rng.geometric(0.4, len(row)) - 1):
+            row[at] = (2 * number - (state & 1 and number > 0)) * rng.choice([-1, 1])
+            state = NEXT[state][number & 1]
+    return levels.reshape(shape)
+
+
 def small_files():
     """Bytes of files that hold every node, every codec, tied, empty, scalar and odd tensors."""
     rng = np.random.default_rng(2)
@@ -89,13 +102,12 @@ def small_files():
     }
     files["odd"] = Artifact(odd, meta={"metric": 0.5}).to_bytes()
     values = {
-        "trits": rng.integers(-1, 2, 101),
-        "wide": rng.integers(0, 1000, 60),
-        "few": rng.choice([0, 0, 0, 5, -2], 90),
+        "trits": rng.integers(-1, 2, (3, 67)),
+        "wide": rng.integers(0, 1000, (5, 20)),
+        "few": rng.choice([0, 0, 0, 5, -2], (9, 10)),
     }
+    files["trellis"] = Artifact({"w": Tensor(Uniform(path_levels(8, 16, 3, 3), np.array(0.5, np.float32)))}).to_bytes()
     for codec in CODECS:
-        from tersenet.artifact import Coding
-
         tensors = {n: Tensor(Uniform(v.astype(np.int16), np.array(0.5, np.float32))) for n, v in values.items()}
         files[f"codec-{codec}"] = Artifact(tensors, Coding((codec,))).to_bytes()
     return files

@@ -14,7 +14,7 @@ from conftest import floats, fresh_process, small_files, trees
 from tersenet import FormatError, load
 from tersenet.artifact import Artifact, Coding, Tensor, errors_against, write_atomically
 from tersenet.codecs.stream import put_number
-from tersenet.container import FOOTER, PREAMBLE, _plain
+from tersenet.container import FOOTER, POOLED, PREAMBLE, _plain
 from tersenet.packed import Uniform, unpack
 
 FILES = small_files()
@@ -127,6 +127,13 @@ def header(shape: tuple[int, ...], codec: int = 0, length: int = 2, crc: int = 0
     return put_number(count) + tensor + put_number(0)
 
 
+def pooled_header(shape: tuple[int, ...], count: int) -> bytes:
+    """Tensors a, b, ... of uint8 whose values lie in one pool of two bytes."""
+    array = bytes([4, 1, len(shape)]) + b"".join(map(put_number, shape)) + bytes([POOLED])
+    tensors = b"".join(b"\0\1" + bytes([65 + k]) + bytes([1, 0, 0, 0x7E]) + array for k in range(count))
+    return put_number(count) + tensors + bytes([0, 2]) + struct.pack("<I", zlib.crc32(b"\0\0")) + put_number(0)
+
+
 def bombs():
     stream = b"\0\0"
     crc = zlib.crc32(stream)
@@ -135,6 +142,7 @@ def bombs():
     yield "huge beside zero", rebuilt(header((0, 1 << 62), crc=crc), stream)
     yield "a billion tensors", rebuilt(header((1,), crc=crc, count=10**9), stream)
     yield "a run of 30 million", rebuilt(header((30_000_000,), crc=crc), stream)
+    yield "a pool of 30 million", rebuilt(pooled_header((1 << 19,), 60), b"\0\0")
     deflated = zlib.compressobj(9, zlib.DEFLATED, -15)
     body = deflated.compress(b"\0" * (1 << 28)) + deflated.flush()
     head = b"TERSE\1" + struct.pack("<I", len(body) + 1)
@@ -188,6 +196,32 @@ def test_one_tensor_is_read_without_the_rest(tmp_path):
         load(path)
     with pytest.raises(KeyError, match="no tensor 'c'"):
         load(path, tensors=["c"])
+
+
+def test_small_arrays_share_streams_and_are_checked_with_each_of_their_tensors(tmp_path):
+    many = {f"b{i}": Tensor(floats(20, seed=i)) for i in range(30)}
+    alone = sum(Artifact({name: tensor}).nbytes - Artifact({}).nbytes for name, tensor in many.items())
+    file = Artifact(many | {"w": Tensor(floats(50, 50))}).to_bytes()
+    assert len(file) - Artifact({"w": Tensor(floats(50, 50))}).nbytes < alone - 30 * 8
+    shared = load(rebuilt(pooled_header((2, 4), 3), b"\0\0")).unpack()
+    assert [a.shape for a in shared.values()] == [(2, 4)] * 3
+    path = tmp_path / "pool.terse"
+    path.write_bytes(file[: -FOOTER - 40] + bytes([file[-FOOTER - 40] ^ 1]) + file[-FOOTER - 39 :])
+    assert np.array_equal(load(path, tensors=["w"])["w"], floats(50, 50))
+    with pytest.raises(FormatError, match="small arrays"):
+        load(path, tensors=["b3"])
+
+
+def test_any_number_of_threads_decodes_the_same(monkeypatch):
+    tensors = {
+        f"w{i}": Tensor(Uniform(floats(40, 40, seed=i).view(np.int32) >> 24, np.array(0.5, np.float32)))
+        for i in range(9)
+    }
+    file = Artifact(tensors).to_bytes()
+    monkeypatch.setattr("tersenet.container.WORTH_A_THREAD", 100)
+    for threads in (1, 2, 5):
+        monkeypatch.setattr("tersenet.container.THREADS", threads)
+        assert all(np.array_equal(load(file)[name].q, t.tree.q) for name, t in tensors.items())
 
 
 def test_the_ledger_adds_up_to_the_file():

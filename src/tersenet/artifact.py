@@ -15,8 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tersenet.codecs.stream import FormatError
-from tersenet.container import CEILING, Coding, File, Header, Memory, Source, Tensor, decoded, write
-from tersenet.packed import Array, Packed, Tree, arrays
+from tersenet.container import (
+    CEILING,
+    CODED,
+    FORMATS,
+    POOLED,
+    Coding,
+    File,
+    Header,
+    Memory,
+    Source,
+    Tensor,
+    decoded,
+    write,
+)
+from tersenet.packed import Array, Packed, Tree
 
 __all__ = ["Artifact", "Coding", "FormatError", "Tensor", "load"]
 
@@ -169,18 +182,21 @@ def _alive(process: int) -> bool:
 def _ledger(data: bytes) -> list[Row]:
     header = Header.read(Memory(data), CEILING)
     rows, seen = [], dict[int, str]()
-    shrunk = header.coded / max(header.plain, 1)
+    shrunk, pools = header.coded / max(header.plain, 1), {pool.form: pool for pool in header.pools}
     for name, tensor in header.tensors.items():
-        shape, note, kinds = tensor.tree.shape, tensor.note, _kinds(tensor.tree)
-        share = int(header.sizes[name] * shrunk)
+        shape, note, kinds, told = tensor.tree.shape, tensor.note, _kinds(tensor.tree), header.told[name]
+        share = int(told.header * shrunk)
         if id(tensor) in seen:
             rows.append(Row(name, "tied", shape, "", 0, 0, share, 0, None, f"tied to {seen[id(tensor)]}"))
             continue
         seen[id(tensor)] = name
-        parts = [array for _, array in arrays(tensor.tree)]
-        payload = sum(p.length for p in parts if p.dtype.kind != "f")
-        tables = sum(p.length for p in parts if p.dtype.kind == "f")
-        used = "+".join(dict.fromkeys(p.codec for p in sorted(parts, key=lambda p: -p.length)))
+        parts = []  # codec, length, whether they are floats; of a pool the tensor's share
+        for p in told.promises:
+            pool = pools[p.form] if p.codec == POOLED else p
+            length = p.length if pool is p else pool.length * p.size // pool.size
+            parts.append((CODED[pool.codec], length, p.dtype.kind == "f"))
+        payload, tables = (sum(length for _, length, floats in parts if floats == kind) for kind in (False, True))
+        used = "+".join(dict.fromkeys(codec for codec, *_ in sorted(parts, key=lambda part: -part[1])))
         rows.append(Row(name, kinds, shape, used, payload, tables, share, math.prod(shape), tensor.error, note))
     own = len(data) - sum(row.total for row in rows)
     return [*rows, Row("(file)", "", (), "", 0, 0, own, 0, None, "magic, version, lengths, checks, notes")]
@@ -188,7 +204,7 @@ def _ledger(data: bytes) -> list[Row]:
 
 def _kinds(tree: Tree) -> str:
     if not isinstance(tree, Packed):
-        return str(tree.stored)
+        return str(FORMATS[tree.form][1])
     below = (getattr(tree, f.name) for f in fields(tree))
     inner = [_kinds(child) for child in below if isinstance(child, Packed)]
     return f"{type(tree).__name__}({', '.join(inner)})" if inner else type(tree).__name__

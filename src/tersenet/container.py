@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,24 +18,14 @@ import numpy as np
 
 from tersenet import codecs
 from tersenet.codecs.stream import FormatError, Reader, put_number, unzigzag, zigzag
-from tersenet.packed import (
-    NODES,
-    Array,
-    Packed,
-    Tree,
-    arrays,
-    check_tree,
-    check_tree_values,
-    map_arrays,
-    parts_of,
-    unpack,
-)
+from tersenet.packed import DEEPEST, NODES, Array, Packed, Tree, check_tree, parts_of, unpack
 
 MAGIC, VERSION = b"TERSE", 1
 PREAMBLE, FOOTER = 14, 12  # magic, version, header length, header CRC; whole length, whole CRC
 HEADER_CAP, NAME_CAP, META_CAP, RANK_CAP = 1 << 24, 1 << 10, 1 << 16, 8
 EXPANSION, ALWAYS, CEILING = 1000, 1 << 24, 1 << 32  # decoded bytes: 1000 x the file or 16 MiB, and at most 4 GiB
 ALIAS = 255
+SMALL, VECTOR = 64, 1024  # values of arrays, and of vectors, that share the stream of others
 
 # How an array lies in memory and, where that loses nothing, in a narrower type in the file. Only ever append.
 FORMATS = [
@@ -94,20 +85,26 @@ class Tensor:
         return dense.astype("float32" if self.dtype == "bfloat16" else self.dtype, copy=False)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Promise:
-    """An array that is not decoded yet: what the header says of it and where its bytes are."""
+    """An array that is not decoded yet: what the header says of it and where its bytes are.
+
+    Where `codec` is POOLED it is part of the pool of its format, from the value `offset` on.
+    """
 
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    stored: str
-    codec: str
+    form: int
+    codec: int
     length: int
     offset: int
 
     @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def dtype(self) -> np.dtype[Any]:
+        return HELD[self.form]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 class Source:
@@ -138,13 +135,24 @@ class File(Source):
 
 
 @dataclass
+class Told:
+    """What the header says of a tensor's bytes: its arrays in the order of the file, CRC-32 of its own streams."""
+
+    promises: list[Promise]
+    check: int
+    header: int  # bytes of its part of the plain header
+
+
+@dataclass
 class Header:
     tensors: dict[str, Tensor]
-    sizes: dict[str, int]  # bytes of each tensor's part of the plain header
-    checks: dict[str, int]  # CRC-32 of each tensor's streams
+    told: dict[str, Told]
+    pools: list[Promise]  # the small arrays of each format, as one
+    pools_check: int
     meta: dict[str, Any]
     plain: int
     coded: int
+    needed: int  # bytes in memory while the file is decoded and unpacked, counted at the width that codecs work in
     total: int
 
     @staticmethod
@@ -166,9 +174,8 @@ class Header:
         if header.total != data.size:
             raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
         allowed = min(CEILING, max(ALWAYS, EXPANSION * data.size)) if limit is None else limit
-        needed = sum(_decoded_size(t.tree) for t in {id(t): t for t in header.tensors.values()}.values())
-        if needed > allowed:
-            raise FormatError(f"the file would decode to {needed:,} bytes, over the limit of {allowed:,}")
+        if header.needed > allowed:
+            raise FormatError(f"the file would decode to {header.needed:,} bytes, over the limit of {allowed:,}")
         return header
 
     def check_whole(self, data: Source) -> None:
@@ -199,16 +206,15 @@ def _plain(coded: bytes) -> bytes:
 
 
 def _parse(plain: bytes, offset: int, coded: int) -> Header:
-    reader = Reader(plain)
+    parser = _Parser(plain, offset)
+    reader = parser.reader
     count = reader.number()
     if count > reader.left:
         raise FormatError("the header says it has more tensors than it has bytes")
     tensors: dict[str, Tensor] = {}
-    sizes: dict[str, int] = {}
-    checks: dict[str, int] = {}
-    order: list[tuple[Tensor, int]] = []
+    told: dict[str, Told] = {}
+    order: list[str] = []
     name = b""
-    streams = _Streams(offset)
     for _ in range(count):
         begin = reader.at
         shared = reader.number(len(name) + 1)
@@ -219,155 +225,225 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
             raise FormatError("a tensor's name is not UTF-8") from None
         if text in tensors:
             raise FormatError(f"two tensors are named {text!r}")
-        tensors[text], checks[text] = tensor, _ = _parse_tensor(reader, order, streams, text)
-        order.append((tensor, checks[text]))
-        sizes[text] = reader.at - begin
+        code = reader.byte()
+        if code == ALIAS:
+            at = reader.number()
+            if at >= len(order):
+                raise FormatError(f"{text}: tied to a tensor that is not there")
+            tensors[text], other = tensors[order[at]], told[order[at]]
+            told[text] = Told(other.promises, other.check, reader.at - begin)
+        else:
+            tensors[text] = parser.tensor(text, code)
+            check = reader.take(4) if any(p.length for p in parser.promises) else bytes(4)
+            told[text] = Told(parser.promises, int.from_bytes(check, "little"), reader.at - begin)
+        order.append(text)
+    pools = parser.pools()
+    check = reader.take(4) if pools else bytes(4)
     try:
         meta = json.loads(reader.take(reader.number(META_CAP)) or b"{}")
     except ValueError:
         raise FormatError("the header's notes are not JSON") from None
     if reader.left or not isinstance(meta, dict):
         raise FormatError("the header is longer than its tensors")
-    return Header(tensors, sizes, checks, meta, len(plain), coded, streams.offset + FOOTER)
-
-
-def _parse_tensor(
-    reader: Reader, order: list[tuple[Tensor, int]], streams: "_Streams", name: str
-) -> tuple[Tensor, int]:
-    code = reader.byte()
-    if code == ALIAS:
-        at = reader.number()
-        if at >= len(order):
-            raise FormatError(f"{name}: tied to a tensor that is not there")
-        return order[at]
-    note = reader.byte()
-    (error,) = struct.unpack("<e", reader.take(2))
-    if code >= len(DTYPES) or note >= len(NOTES):
-        raise FormatError(f"{name}: unknown type or note")
-    tree = _parse_value(reader, streams, 0)
-    (check,) = struct.unpack("<I", reader.take(4))
-    try:
-        check_tree(tree)
-        shape = tree.shape
-    except (ValueError, TypeError, AttributeError, IndexError) as wrong:
-        raise FormatError(f"{name}: the tree does not fit together: {wrong}") from None
-    whole = not isinstance(tree, Packed) and DTYPES[code] not in (str(tree.dtype), "bfloat16")
-    if whole or len(shape) > RANK_CAP or (isinstance(tree, Packed) and "float" not in DTYPES[code]):
-        raise FormatError(f"{name}: the tensor's type is not its array's")
-    return Tensor(tree, DTYPES[code], NOTES[note], None if math.isnan(error) else error), check
-
-
-class _Streams:
-    """Hands out the offsets of the streams, which lie back to back in the order of the header."""
-
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
-
-    def place(self, length: int) -> int:
-        self.offset += length
-        return self.offset - length
+    sizes = len(plain), coded, parser.needed, parser.offset + FOOTER
+    return Header(tensors, told, pools, int.from_bytes(check, "little"), meta, *sizes)
 
 
 NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)
 KINDS, CODED = tuple(NODES.values()), tuple(codecs.CODECS)
+POOLED = 127  # in place of a codec
+HELD = tuple(np.dtype(held) for held, _ in FORMATS)
+MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of parts that do not belong together raises
 
 
-def _parse_value(reader: Reader, streams: _Streams, depth: int) -> Any:
-    tag = reader.byte()
-    if depth > 8:
-        raise FormatError("a tree is too deep")
-    if tag == NONE:
-        return None
-    if tag == NUMBER:
-        return unzigzag(reader.number())
-    if tag == TEXT:
+class _Parser:
+    """Reads trees. Streams lie back to back in the order of the header, small arrays in the pool of their format."""
+
+    def __init__(self, plain: bytes, offset: int) -> None:
+        self.reader, self.offset, self.needed = Reader(plain), offset, 0
+        self.promises: list[Promise] = []  # of the tensor that is read
+        self.pooled: dict[int, int] = {}  # how many values the pool of each format holds
+
+    def tensor(self, name: str, code: int) -> Tensor:
+        note = self.reader.byte()
+        (error,) = struct.unpack("<e", self.reader.take(2))
+        if code >= len(DTYPES) or note >= len(NOTES):
+            raise FormatError(f"{name}: unknown type or note")
+        self.promises = []
         try:
+            tree = self.value(0, 0)
+            shape = tree.shape
+        except FormatError:
+            raise
+        except MISFIT as wrong:
+            raise FormatError(f"{name}: the tree does not fit together: {wrong}") from None
+        whole = not isinstance(tree, Packed) and DTYPES[code] not in (str(tree.dtype), "bfloat16")
+        if whole or len(shape) > RANK_CAP or (isinstance(tree, Packed) and "float" not in DTYPES[code]):
+            raise FormatError(f"{name}: the tensor's type is not its array's")
+        self.needed += 4 * math.prod(shape)
+        return Tensor(tree, DTYPES[code], NOTES[note], None if math.isnan(error) else error)
+
+    def value(self, depth: int, nodes: int) -> Any:
+        reader = self.reader
+        tag = reader.byte()
+        if tag == ARRAY:
+            return self.array()
+        if tag >= NODE:
+            if tag - NODE >= len(NODES):
+                raise FormatError("a tree has a node that this version does not know")
+            if nodes == DEEPEST:
+                raise FormatError(f"a tree is at most {DEEPEST} nodes deep")
+            kind = KINDS[tag - NODE]
+            node = kind(*[self.value(depth + 1, nodes + 1) for _ in parts_of(kind)])
+            node.check()
+            self.needed += 4 * math.prod(node.shape)
+            return node
+        if tag == NONE:
+            return None
+        if tag == NUMBER:
+            return unzigzag(reader.number())
+        if tag == TEXT:
             return reader.take(reader.number(1 << 10)).decode()
-        except UnicodeDecodeError:
-            raise FormatError("a text is not UTF-8") from None
-    if tag == TUPLE:
-        return tuple(_parse_value(reader, streams, depth + 1) for _ in range(reader.number(min(256, reader.left + 1))))
-    if tag == ARRAY:
-        return _parse_array(reader, streams)
-    if tag - NODE >= len(NODES):
-        raise FormatError("a tree has a node that this version does not know")
-    node = KINDS[tag - NODE]
-    return node(*(_parse_value(reader, streams, depth + 1) for _ in parts_of(node)))
+        if depth > 8:
+            raise FormatError("a tree is too deep")
+        return tuple([self.value(depth + 1, nodes) for _ in range(reader.number(min(256, reader.left + 1)))])
+
+    def array(self) -> Promise:
+        reader = self.reader
+        form, rank = reader.numbers(2)
+        if form >= len(FORMATS) or rank > RANK_CAP:
+            raise FormatError("an array has an unknown type or too many axes")
+        *shape, codec = reader.numbers(rank + 1)
+        size, length = math.prod(shape), 0
+        if (size or math.prod([n or 1 for n in shape])) >= 1 << 60:
+            raise FormatError("an array has too many values")
+        if codec == POOLED:
+            offset = self.pooled.get(form, 0)
+            self.pooled[form] = offset + size
+        else:
+            if codec >= len(CODED):
+                raise FormatError("an array has an unknown codec")
+            length, offset = reader.number(), self.offset
+            self.offset += length
+        self.needed += size * max(4, HELD[form].itemsize)
+        promise = Promise(tuple(shape), form, codec, length, offset)
+        self.promises.append(promise)
+        return promise
+
+    def pools(self) -> list[Promise]:
+        found = []
+        for form, count in sorted(self.pooled.items()):
+            codec, length = self.reader.byte(), self.reader.number()
+            if codec >= len(CODED):
+                raise FormatError("an array has an unknown codec")
+            found.append(Promise((count,), form, codec, length, self.offset))
+            self.offset += length
+        return found
 
 
-def _parse_array(reader: Reader, streams: _Streams) -> Promise:
-    form, rank = reader.byte(), reader.byte()
-    if form >= len(FORMATS) or rank > RANK_CAP:
-        raise FormatError("an array has an unknown type or too many axes")
-    shape = tuple(reader.number() for _ in range(rank))
-    codec, length = reader.byte(), reader.number()
-    if codec >= len(codecs.CODECS) or math.prod(max(n, 1) for n in shape) >= 1 << 60:
-        raise FormatError("an array has an unknown codec or too many values")
-    held, stored = FORMATS[form]
-    return Promise(shape, np.dtype(held), stored, CODED[codec], length, streams.place(length))
-
-
-def _decoded_size(tree: Tree) -> int:
-    """Bytes in memory while this tree is decoded and unpacked, counted at the width that codecs work in."""
-    held: int = sum(math.prod(a.shape) * max(4, a.dtype.itemsize) for _, a in arrays(tree))
-    return held + 4 * math.prod(tree.shape) + sum(4 * math.prod(t.shape) for t in _nodes(tree))
-
-
-def _nodes(tree: Tree) -> Iterator[Packed]:
-    if isinstance(tree, Packed):
-        for name in parts_of(type(tree)):
-            value = getattr(tree, name)
-            for child in value if isinstance(value, tuple) else (value,):
-                if isinstance(child, Packed):
-                    yield child
-                    yield from _nodes(child)
+THREADS, WORTH_A_THREAD = min(4, os.cpu_count() or 1), 1 << 13  # bytes of streams for each thread
 
 
 def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Tensor]:
     """The named tensors with their arrays; tied names share one."""
-    named = {id(header.tensors[name]): name for name in reversed(names)}
-    found = {key: _filled(name, header.tensors[name], header.checks[name], data) for key, name in named.items()}
+    unique = {id(header.tensors[name]): name for name in reversed(names)}.values()
+    coded: list[tuple[str, Promise, bytes]] = []
+    if any(p.codec == POOLED for name in unique for p in header.told[name].promises):
+        coded += _streams("(small arrays)", header.pools, header.pools_check, data)
+    for name in unique:
+        coded += _streams(name, header.told[name].promises, header.told[name].check, data)
+    arrays = _arrays(coded)
+    pools = {pool.form: arrays[id(pool)] for pool in header.pools if id(pool) in arrays}
+    found: dict[int, Tensor] = {}
+    for name in unique:
+        tensor = header.tensors[name]
+        ready = [
+            arrays[id(p)] if p.codec != POOLED else pools[p.form][p.offset : p.offset + p.size].reshape(p.shape)
+            for p in header.told[name].promises
+        ]
+        try:
+            tree = _filled(tensor.tree, iter(ready))
+        except ValueError as wrong:
+            raise FormatError(f"{name}: {wrong}") from None
+        found[id(tensor)] = Tensor(tree, tensor.dtype, tensor.note, tensor.error)
     return {name: found[id(header.tensors[name])] for name in names}
+
+
+def _streams(name: str, promises: list[Promise], check: int, data: Source) -> list[tuple[str, Promise, bytes]]:
+    """The arrays that have bytes of their own, which lie side by side in the file."""
+    own = [p for p in promises if p.codec != POOLED]
+    first = own[0].offset if own else 0
+    whole = data.read(first, sum([p.length for p in own]))
+    if zlib.crc32(whole) != check:
+        raise FormatError(f"{name}: its bytes are damaged")
+    return [(name, p, whole[p.offset - first : p.offset - first + p.length]) for p in own]
+
+
+def _arrays(coded: list[tuple[str, Promise, bytes]]) -> dict[int, Array]:
+    """Every promised array by the promise's id, decoded on as many threads as are worth it: the C core frees Python."""
+    piles: list[list[tuple[str, Promise, bytes]]] = [[] for _ in range(THREADS)]
+    sizes = [0] * THREADS
+    least = sum([len(stream) for _, _, stream in coded]) < THREADS * WORTH_A_THREAD
+    for job in sorted(coded, key=lambda job: -len(job[2])):
+        at = 0 if least else sizes.index(min(sizes))
+        piles[at].append(job)
+        sizes[at] += len(job[2])
+    found: dict[int, Array] = {}
+    wrong: list[Exception] = []
+
+    def decode(pile: list[tuple[str, Promise, bytes]]) -> None:
+        try:
+            for name, promise, stream in pile:
+                found[id(promise)] = _array(name, promise, stream)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=decode, args=(pile,)) for pile in piles[1:] if pile]
+    for thread in threads:
+        thread.start()
+    decode(piles[0])
+    for thread in threads:
+        thread.join()
+    if wrong:
+        raise wrong[0]
+    return found
+
+
+def _filled(tree: Any, ready: Iterator[Array]) -> Any:
+    """The tree with the next array in place of each promise, in the order in which they were parsed.
+
+    Raises ValueError where integers point at what is not there.
+    """
+    if isinstance(tree, Promise):
+        return next(ready)
+    if isinstance(tree, Packed):
+        node = type(tree)(*[_filled(getattr(tree, part), ready) for part in parts_of(type(tree))])
+        node.check_values()
+        return node
+    return tuple([_filled(value, ready) for value in tree]) if isinstance(tree, tuple) else tree
 
 
 BROKEN = (ValueError, OverflowError, IndexError, MemoryError)  # what decoding garbled bytes may raise
 
 
-def _filled(name: str, tensor: Tensor, check: int, data: Source) -> Tensor:
-    promises = [promise for _, promise in arrays(tensor.tree)]
-    first = min((p.offset for p in promises), default=0)
-    whole = data.read(first, sum(p.length for p in promises))
-    if zlib.crc32(whole) != check:
-        raise FormatError(f"{name}: its bytes are damaged")
-
-    def read(path: str, promise: Promise) -> Array:
-        begin = promise.offset - first
-        try:
-            return _decode_array(promise, whole[begin : begin + promise.length])
-        except FormatError as wrong:
-            raise FormatError(f"{name}: {wrong}") from None
-        except BROKEN as wrong:
-            raise FormatError(f"{name}: {path or 'the tensor'} cannot be decoded: {wrong}") from None
-
-    tree = map_arrays(tensor.tree, read)
+def _array(name: str, promise: Promise, coded: bytes) -> Array:
+    codec, dtype = CODED[promise.codec], promise.dtype
     try:
-        check_tree_values(tree)
-    except ValueError as wrong:
+        if dtype.kind != "f":
+            return codecs.decode(codec, coded, promise.shape, dtype)
+        stored = FORMATS[promise.form][1]
+        width = WIDTH[stored]
+        planes = codecs.decode(codec, coded, (width * promise.size,), np.dtype(np.uint8))
+        raw = np.ascontiguousarray(planes.reshape(width, promise.size).T)
+        if stored == "bfloat16":
+            values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = raw.view(f"<f{width}")
+        return values.reshape(promise.shape).astype(dtype)
+    except FormatError as wrong:
         raise FormatError(f"{name}: {wrong}") from None
-    return Tensor(tree, tensor.dtype, tensor.note, tensor.error)
-
-
-def _decode_array(promise: Promise, coded: bytes) -> Array:
-    if promise.dtype.kind != "f":
-        return codecs.decode(promise.codec, coded, promise.shape, promise.dtype)
-    width, count = WIDTH[promise.stored], math.prod(promise.shape)
-    planes = codecs.decode(promise.codec, coded, (width * count,), np.dtype(np.uint8))
-    raw = np.ascontiguousarray(planes.reshape(width, count).T)
-    if promise.stored == "bfloat16":
-        values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = raw.view(f"<f{width}")
-    return values.reshape(promise.shape).astype(promise.dtype)
+    except BROKEN as wrong:
+        raise FormatError(f"{name}: cannot be decoded: {wrong}") from None
 
 
 # ---------------------------------------------------------------- writing
@@ -375,7 +451,8 @@ def _decode_array(promise: Promise, coded: bytes) -> Array:
 
 def write(tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any]) -> bytes:
     """The whole file."""
-    plain, streams, begun = bytearray(put_number(len(tensors))), bytearray(), list[int]()
+    plain, begun = bytearray(put_number(len(tensors))), list[int]()
+    streams = _Streams(coding)
     first: dict[int, int] = {}
     last = b""
     for name, tensor in tensors.items():
@@ -388,9 +465,10 @@ def write(tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any
         if id(tensor) in first:
             plain += bytes([ALIAS]) + put_number(first[id(tensor)])
         else:
-            plain += _tensor_header(name, tensor, coding, streams)
+            plain += _tensor_header(name, tensor, streams)
         first.setdefault(id(tensor), len(begun))
         begun.append(len(plain))
+    plain += streams.pools()
     meta = json.dumps(dict(notes), separators=(",", ":"), sort_keys=True).encode() if notes else b""
     if len(meta) >= META_CAP:
         raise ValueError(f"the notes of a file have at most {META_CAP} bytes")
@@ -402,12 +480,61 @@ def write(tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any
     if max(len(coded), len(plain)) > HEADER_CAP:
         raise ValueError(f"the header would be over {HEADER_CAP:,} bytes")
     head = MAGIC + bytes([VERSION]) + struct.pack("<I", len(coded))
-    body = head + struct.pack("<I", zlib.crc32(head + coded)) + coded + bytes(streams)
+    body = head + struct.pack("<I", zlib.crc32(head + coded)) + coded + bytes(streams.data)
     body += struct.pack("<Q", len(body) + FOOTER)
     return body + struct.pack("<I", zlib.crc32(body))
 
 
-def _tensor_header(name: str, tensor: Tensor, coding: Coding, streams: bytearray) -> bytes:
+class _Streams:
+    """The coded arrays, and the pools of small ones that wait for the end."""
+
+    def __init__(self, coding: Coding) -> None:
+        self.coding, self.data = coding, bytearray()
+        self.pooled: dict[int, list[Array]] = {}  # flat arrays by format
+
+    def array(self, array: Array) -> bytes:
+        """Take an array in; its header."""
+        if array.dtype.kind == "f":
+            stored, raw = _narrowest(array)
+        else:
+            stored, raw = str(array.dtype), array
+        form = FORMATS.index((str(array.dtype), stored))
+        head = bytes([ARRAY, form, array.ndim]) + b"".join(put_number(n) for n in array.shape)
+        if _small(array):
+            self.pooled.setdefault(form, []).append(raw if stored in WIDTH else raw.reshape(-1))
+            return head + bytes([POOLED])
+        return head + self.stream(_planes(raw) if stored in WIDTH else raw)
+
+    def stream(self, values: Array) -> bytes:
+        """Code integers; the codec and the length."""
+        codec, coded = codecs.encode(values, self.coding.codecs, self.coding.prefer)
+        self.data += coded
+        return bytes([CODED.index(codec)]) + put_number(len(coded))
+
+    def pools(self) -> bytes:
+        """Code what has waited; the header of the pools."""
+        begin, head = len(self.data), b""
+        for _, parts in sorted(self.pooled.items()):
+            head += self.stream(_planes(np.concatenate(parts)))
+        return head + self.check(begin) if self.pooled else b""
+
+    def check(self, begin: int) -> bytes:
+        """CRC-32 of what was coded since."""
+        return struct.pack("<I", zlib.crc32(memoryview(self.data)[begin:]))
+
+
+def _small(array: Array) -> bool:
+    """Whether an array shares the stream of others: too few values for a codec to know them by, or a vector.
+
+    A constant costs two bytes in a stream of its own.
+    """
+    axes = sum(n > 1 for n in array.shape)
+    if array.size > (VECTOR if axes < 2 else SMALL) or not array.size:
+        return False
+    return array.dtype.kind == "f" or bool((array != array.flat[0]).any())
+
+
+def _tensor_header(name: str, tensor: Tensor, streams: _Streams) -> bytes:
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: cannot store a tensor of type {tensor.dtype}; convert it or leave it out")
     if len(tensor.tree.shape) > RANK_CAP:
@@ -418,12 +545,12 @@ def _tensor_header(name: str, tensor: Tensor, coding: Coding, streams: bytearray
         raise ValueError(f"{name}: {wrong}") from None
     error = np.float16(np.nan if tensor.error is None else min(tensor.error, 65504.0))
     head = bytes([DTYPES.index(tensor.dtype), NOTES.index(tensor.note)]) + struct.pack("<e", error)
-    begin = len(streams)
-    tree = _value_header(tensor.tree, coding, streams)
-    return head + tree + struct.pack("<I", zlib.crc32(memoryview(streams)[begin:]))
+    begin = len(streams.data)
+    head += _value_header(tensor.tree, streams)
+    return head + streams.check(begin) if len(streams.data) > begin else head
 
 
-def _value_header(value: Any, coding: Coding, streams: bytearray) -> bytes:
+def _value_header(value: Any, streams: _Streams) -> bytes:
     if value is None:
         return bytes([NONE])
     if isinstance(value, int):
@@ -431,41 +558,33 @@ def _value_header(value: Any, coding: Coding, streams: bytearray) -> bytes:
     if isinstance(value, str):
         return bytes([TEXT]) + put_number(len(value.encode())) + value.encode()
     if isinstance(value, tuple):
-        return bytes([TUPLE]) + put_number(len(value)) + b"".join(_value_header(v, coding, streams) for v in value)
+        return bytes([TUPLE]) + put_number(len(value)) + b"".join(_value_header(v, streams) for v in value)
     if isinstance(value, Packed):
-        parts = (_value_header(getattr(value, name), coding, streams) for name in parts_of(type(value)))
+        parts = (_value_header(getattr(value, name), streams) for name in parts_of(type(value)))
         return bytes([NODE + list(NODES).index(type(value).__name__)]) + b"".join(parts)
-    return _array_header(np.asarray(value), coding, streams)
+    return streams.array(np.asarray(value))
 
 
-def _array_header(array: Array, coding: Coding, streams: bytearray) -> bytes:
-    held = str(array.dtype)
-    if array.dtype.kind == "f":
-        stored, raw = _narrowest(array)
-        values = np.ascontiguousarray(raw.view(np.uint8).reshape(array.size, WIDTH[stored]).T).reshape(-1)
-    else:
-        stored, values = held, array
-    codec, coded = codecs.encode(values, coding.codecs, coding.prefer)
-    streams += coded
-    head = bytes([ARRAY, FORMATS.index((held, stored)), array.ndim]) + b"".join(put_number(n) for n in array.shape)
-    number = list(codecs.CODECS).index(codec)
-    return head + bytes([number]) + put_number(len(coded))
+def _planes(raw: Array) -> Array:
+    """Bytes [values, width] as all first bytes, all second bytes, ..."""
+    return np.ascontiguousarray(raw.T).reshape(-1)
 
 
 def _narrowest(array: Array) -> tuple[str, Array]:
-    """The narrowest type that keeps every bit of a float array, and its little-endian raw bytes."""
+    """The narrowest type that keeps every bit of a float array, and its little-endian raw bytes [values, width]."""
     flat = np.ascontiguousarray(array).reshape(-1)
+    stored, raw = str(flat.dtype), flat.astype(flat.dtype.newbyteorder("<"))
     if flat.dtype == np.float32:
         with np.errstate(over="ignore"):
             half = flat.astype("<f2")
         words = flat.astype("<f4").view("<u4")
         if np.array_equal(half.astype("<f4").view("<u4"), words):
-            return "float16", half
-        if not (words & 0xFFFF).any():
-            return "bfloat16", (words >> 16).astype("<u2")
-    if flat.dtype == np.float64:
+            stored, raw = "float16", half
+        elif not (words & 0xFFFF).any():
+            stored, raw = "bfloat16", (words >> 16).astype("<u2")
+    elif flat.dtype == np.float64:
         with np.errstate(over="ignore"):
             single = flat.astype("<f4")
         if np.array_equal(single.astype("<f8").view("<u8"), flat.astype("<f8").view("<u8")):
-            return "float32", single
-    return str(flat.dtype), flat.astype(flat.dtype.newbyteorder("<"))
+            stored, raw = "float32", single
+    return stored, raw.view(np.uint8).reshape(flat.size, WIDTH[stored])

@@ -20,7 +20,9 @@ Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that h
 Tree: TypeAlias = "Packed | Array"
 
 DEEPEST = 3
-_HALVES = (2.0 ** (np.arange(-128, 128) / 2)).astype(np.float32)
+_HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
+    np.float32
+)  # so that negative exponents count from its end
 
 
 def namespace(array: Array) -> ModuleType:
@@ -31,7 +33,7 @@ def namespace(array: Array) -> ModuleType:
 def half_powers(exponents: Array) -> Array:
     """2^(e/2) in float32 for int8 exponents: the grid on which step ids are sent."""
     xp = namespace(exponents)
-    return xp.asarray(_HALVES)[xp.asarray(exponents, dtype=xp.int64) + 128]
+    return xp.asarray(_HALVES)[xp.asarray(exponents, dtype=xp.int64)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +89,9 @@ class Uniform(Packed):
     def check(self) -> None:
         _require(is_integer(self.q), "levels are integers")
         _require(isinstance(self.steps, tuple), "steps are a tuple")
-        for part in [self.scale, *([] if self.zero is None else [self.zero]), *self.steps]:
-            _require(_broadcasts(part.shape, self.q.shape), "scale, zero and steps broadcast against the levels")
+        shape = self.q.shape
+        for part in (self.scale, *(() if self.zero is None else (self.zero,)), *self.steps):
+            _require(_broadcasts(part.shape, shape), "scale, zero and steps broadcast against the levels")
         _require(self.zero is None or is_integer(self.zero), "zero is an integer")
         _require(all(s.dtype == np.int8 for s in self.steps if _is_numpy(s)), "steps are int8")
         _require(is_float_tree(self.scale), "scale is a float")
@@ -347,7 +350,7 @@ def _is_float(dtype: Any) -> bool:
 def narrowed(integers: Array) -> Array:
     """NumPy integers in the smallest type that holds them all."""
     low, high = (int(integers.min()), int(integers.max())) if integers.size else (0, 0)
-    return integers.astype(np.promote_types(np.min_scalar_type(low), np.min_scalar_type(high)))
+    return integers.astype(np.min_scalar_type(high if low >= 0 else min(low, -high - 1)))
 
 
 def tree_lines(name: str, tree: Tree, size_of: Callable[[str, Array], int]) -> list[str]:
@@ -372,8 +375,8 @@ def tree_lines(name: str, tree: Tree, size_of: Callable[[str, Array], int]) -> l
 
 
 def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
-    pairs = zip(reversed(shape), reversed(against), strict=False)
-    return len(shape) <= len(against) and all(a in (1, b) for a, b in pairs)
+    skipped = len(against) - len(shape)
+    return skipped >= 0 and all(a in (1, b) for a, b in zip(shape, against[skipped:], strict=True))
 
 
 def _is_numpy(array: Array) -> bool:
