@@ -16,8 +16,8 @@ from tersenet.artifact import Coding, load
 from tersenet.methods.feedback import levels, tree_of
 from tersenet.recipe import Draft, artifact_of
 from tersenet.stages import waterfill
-from tersenet.stages.budget import QUICK, Search, outputs
-from tersenet.stages.waterfill import Prepared, gather, prepare
+from tersenet.stages.budget import QUICK, Search
+from tersenet.stages.waterfill import Prepared, gather, outputs, prepare
 
 SIZES = {"resnet20": 66_000, "mobilenetv2": 1_600_000}
 STATIC = Coding(("bits", "huffman", "rans"))

@@ -22,8 +22,9 @@ from tersenet.packed import Transformed, unpack
 from tersenet.promise import compress, output_errors
 from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of
 from tersenet.stages.budget import to_size
+from tersenet.stages.folding import folded
 from tersenet.stages.prune import Prune
-from tersenet.stages.waterfill import folded, gather, prepare, shrunk
+from tersenet.stages.waterfill import gather, prepare, shrunk
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from tersenet.recipe import (
     run,
 )
 from tersenet.stages.budget import to_drop, to_size
-from tersenet.stages.waterfill import folded, gather
+from tersenet.stages.folding import folded
+from tersenet.stages.waterfill import gather
 from tersenet.task import Task, one_thread
 
 METRIC_BYTES = 24  # what the measured metric adds to a file, at most

@@ -35,6 +35,14 @@ class Metric:
         diagonal: Array = self.outputs if self.outputs.ndim == 2 else np.diagonal(self.outputs, axis1=1, axis2=2)
         return diagonal
 
+    def cost(self, errors: Array) -> float:
+        """|R^T E L|^2 of errors [groups, rows, n], summed over the groups."""
+        turned = errors if self.inputs is None else errors @ self.inputs
+        across = (
+            self.outputs[..., None] * turned if self.outputs.ndim == 2 else self.outputs.transpose(0, 2, 1) @ turned
+        )
+        return float(np.square(across).sum())
+
 
 @dataclass(frozen=True)
 class Steps:

@@ -9,14 +9,11 @@ hardly sees inputs that the network is sure of, does not (0.6).
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor as Array
-
 from tersenet.allocators.lagrange import from_below
 from tersenet.artifact import Coding, load
 from tersenet.recipe import Draft, artifact_of
-from tersenet.stages.waterfill import Damping, Gathered, Prepared, prepare
-from tersenet.task import Task, one_thread, progress
+from tersenet.stages.waterfill import Damping, Gathered, Prepared, difference, outputs, prepare, weighed
+from tersenet.task import Task, progress
 
 DAMPINGS = (Damping(), Damping(rows=1.0))
 RATES = (0.3, 0.5)  # how much a bit weighs against distortion
@@ -56,6 +53,8 @@ def to_size(gathered: Gathered, most: int, task: Task | None, coding: Coding | N
     search = Search(gathered, most, coding or QUICK, 0.003 if task else 0.1)
     if task is None:
         return search.met(prepare(gathered), 0.0)[0]
+    search.met(prepare(gathered), RATES[0])
+    gathered = weighed(gathered, task, search.c)
     x = task.calibration(1024)
     wanted = outputs(gathered.draft, x)
     found: list[tuple[float, Draft]] = []
@@ -69,35 +68,23 @@ def to_size(gathered: Gathered, most: int, task: Task | None, coding: Coding | N
 def to_drop(gathered: Gathered, points: float, task: Task, coding: Coding | None = None) -> Draft:
     """The smallest file found whose metric, on the task's data for choosing, falls by at most `points`."""
     floor = task.score(task.held(), gathered.draft.module()) - points / 100
-    tried = progress(DAMPINGS, "quantizing", len(DAMPINGS))
-    files = [draft for damping in tried if (draft := _coarsest(prepare(gathered, damping), floor, task)) is not None]
-    if not files:
+    begun = _coarsest(prepare(gathered), floor, task)
+    if begun is None:
         raise ValueError(f"a drop of {points} points cannot be met: the finest step that was tried loses more")
-    return min(files, key=lambda draft: artifact_of(draft, coding or QUICK).nbytes)
+    gathered = weighed(gathered, task, begun[1])
+    tried = progress(DAMPINGS, "quantizing", len(DAMPINGS))
+    found = [begun, *(_coarsest(prepare(gathered, damping), floor, task) for damping in tried)]
+    return min((one[0] for one in found if one), key=lambda draft: artifact_of(draft, coding or QUICK).nbytes)
 
 
-def _coarsest(prepared: Prepared, floor: float, task: Task) -> Draft | None:
+def _coarsest(prepared: Prepared, floor: float, task: Task) -> tuple[Draft, float] | None:
+    """The draft at the coarsest step found that keeps the floor, and the step."""
     best, low, high = None, 1e-6, 0.1
     for _ in range(9):
         c = math.sqrt(low * high)
         draft = prepared.at(c)
         if task.score(task.held(), load(artifact_of(draft, QUICK).to_bytes()).into(draft.model)) >= floor:
-            best, low = draft, c
+            best, low = (draft, c), c
         else:
             high = c
     return best
-
-
-def outputs(draft: Draft, x: Array) -> Array:
-    """What the draft's network says to the inputs."""
-    with torch.no_grad(), one_thread():
-        model = draft.module().eval()
-        return torch.cat([model(part) for part in x.split(64)])  # type: ignore[no-untyped-call]
-
-
-def difference(wanted: Array, found: Array) -> float:
-    """Mean squared difference; of class scores, what is added to all classes of a sample does not count."""
-    error = (wanted - found).double()
-    if error.dim() == 2:
-        error = error - error.mean(1, keepdim=True)
-    return float(error.square().mean())

@@ -8,23 +8,26 @@ zero; their layers are not transformed.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor as Array
-from torch import nn
 
 from tersenet import artifact
 from tersenet.calibrate import Moments, moments
-from tersenet.methods.feedback import Metric, levels, tree_of, waterfilled
+from tersenet.methods.feedback import Metric, Steps, levels, tree_of, waterfilled
 from tersenet.methods.transform import spatial
 from tersenet.packed import Sparse, Tree, Uniform, kernel_dct, narrowed
 from tersenet.recipe import Draft, dense_array
-from tersenet.task import Task, one_thread
+from tersenet.stages.folding import folded
+from tersenet.task import Task, one_thread, progress
 
 SMALL = 64  # tensors with fewer weights stay floats
+PROBED = 64, 256, 1 << 23  # inputs on which it is seen what errors of each layer cost: least, most, their numbers
 Halves = tuple[Moments, Moments]
 
 
@@ -40,12 +43,14 @@ class Damping:
 class Gathered:
     """A draft with BatchNorm folded, its layers' moments, and which bias is added to each weight's output.
 
-    Moments come from each half of the inputs: how far the halves differ says how much to trust them.
+    Moments come from each half of the inputs: how far the halves differ says how much to trust them. `worth` is what
+    errors of a layer cost at the network's outputs, in parts of what its moments say.
     """
 
     draft: Draft
     found: Mapping[str, Halves]
     biases: Mapping[str, str]
+    worth: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,11 @@ class Layer:
     transformed: bool
     bias: str | None
     kept: np.ndarray | None = None  # [groups, rows, n], where the weight was pruned before: the rest stays zero
+
+    def at(self, c: float, rate: float) -> tuple[np.ndarray, Steps]:
+        """Levels [groups, rows, n] and their steps at c."""
+        steps = waterfilled(self.metric, c, math.prod(self.shape[2:]))
+        return levels(self.weight, self.metric, steps.parts(), rate, self.kept, self.kept is None), steps
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,7 @@ class Prepared:
         trees: dict[str, Tree] = {}
         biases = {name: dense_array(self.draft.tensors[name]).astype(np.float64) for name in self.shifts}
         for layer in self.layers:
-            steps = waterfilled(layer.metric, c, math.prod(layer.shape[2:]))
-            q = levels(layer.weight, layer.metric, steps.parts(), rate, layer.kept, layer.kept is None)
+            q, steps = layer.at(c, rate)
             trees[layer.name] = tree_of(q, steps, layer.shape, layer.transformed)
             if layer.bias is not None:
                 biases[layer.bias] += ((layer.weight - q * steps.dense()) @ layer.means[..., None]).reshape(-1)
@@ -97,7 +106,10 @@ class Waterfill:
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         with one_thread():
-            return prepare(gather(draft, task, self.samples), self.damping).at(self.c, self.rate)
+            gathered = gather(draft, task, self.samples)
+            if task is not None and gathered.found:
+                gathered = weighed(gathered, task, self.c)
+            return prepare(gathered, self.damping).at(self.c, self.rate)
 
 
 def rounded(values: np.ndarray, step: float) -> Tree:
@@ -121,6 +133,49 @@ def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
     return Gathered(draft, {name: (known, other[name]) for name, known in one.items()}, biases)
 
 
+def weighed(gathered: Gathered, task: Task, c: float) -> Gathered:
+    """The same with what errors of each layer cost at the outputs, seen by quantizing each alone at c.
+
+    Moments know well which errors of a layer cost less than others; how layers compare, where gradients are summed over
+    positions as if these had nothing to do with each other, they know less well.
+    """
+    least, most, numbers = PROBED
+    x = task.calibration(most)
+    x = x[: max(least, numbers // x[0].numel())]
+    prepared, wanted = prepare(replace(gathered, worth={})), outputs(gathered.draft, x)
+    layers = [layer for layer in prepared.layers if layer.metric.inputs is not None]
+    if not layers:
+        return gathered
+
+    def ratio(layer: Layer) -> float:
+        q, steps = layer.at(c, 0.5)
+        told = layer.metric.cost(layer.weight - q * steps.dense())
+        shifts = {name: unit for name, unit in prepared.shifts.items() if name == layer.bias}
+        seen = difference(wanted, outputs(replace(prepared, layers=[layer], shifts=shifts).at(c), x))
+        return math.log(max(seen, 1e-300) / max(told, 1e-300))
+
+    with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        logs = list(progress(pool.map(ratio, layers), "weighing layers", len(layers)))
+    middle = float(np.average(logs, weights=[layer.weight.size for layer in layers]))
+    worth = {layer.name: math.exp(min(max(log - middle, -4), 4)) for layer, log in zip(layers, logs, strict=True)}
+    return replace(gathered, worth=worth)
+
+
+def outputs(draft: Draft, x: Array) -> Array:
+    """What the draft's network says to the inputs."""
+    with torch.no_grad(), one_thread():
+        model = draft.module().eval()
+        return torch.cat([model(part) for part in x.split(16)])  # type: ignore[no-untyped-call]
+
+
+def difference(wanted: Array, found: Array) -> float:
+    """Mean squared difference; of class scores, what is added to all classes of a sample does not count."""
+    error = (wanted - found).double()
+    if error.dim() == 2:
+        error = error - error.mean(1, keepdim=True)
+    return float(error.square().mean())
+
+
 def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
     """Shrink, damp and factor the moments of every layer."""
     damping = damping or Damping()
@@ -132,7 +187,8 @@ def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
         for name in draft.weights():
             if math.prod(draft.tensors[name].tree.shape) >= SMALL:
                 bias = biases.get(name) if name in found else None
-                layers.append(_layer(name, draft.tensors[name], found.get(name), damping, bias))
+                worth = gathered.worth.get(name, 1.0)
+                layers.append(_layer(name, draft.tensors[name], found.get(name), damping, bias, worth))
     feeding = {bias: weight for weight, bias in biases.items()}
     for name in sorted(draft.trainable & set(draft.tensors)):
         tensor = draft.tensors[name]
@@ -144,11 +200,14 @@ def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
         if known:
             # A constant input would get c / sqrt(mean G); biases are few, so they get half of that.
             known_g = sum(float(half.outputs.diagonal().mean()) for half in found[feeding[name]]) / 2
-            shifts[name] = 0.5 / math.sqrt((1 + damping.rows) * known_g + 1e-60)
+            worth = gathered.worth.get(feeding[name], 1.0)
+            shifts[name] = 0.5 / math.sqrt((1 + damping.rows) * worth * known_g + 1e-60)
     return Prepared(draft, layers, shifts)
 
 
-def _layer(name: str, tensor: artifact.Tensor, known: Halves | None, damping: Damping, bias: str | None) -> Layer:
+def _layer(
+    name: str, tensor: artifact.Tensor, known: Halves | None, damping: Damping, bias: str | None, worth: float
+) -> Layer:
     w = torch.from_numpy(dense_array(tensor)).double()
     shape, groups = tuple(w.shape), 1 if known is None else len(known[0].inputs)
     flat = w.reshape(groups, shape[0] // groups, -1)
@@ -168,7 +227,7 @@ def _layer(name: str, tensor: artifact.Tensor, known: Halves | None, damping: Da
     raw = 1e-5 * known[0].inputs.diagonal(dim1=1, dim2=2).mean(1)
     mean = a.diagonal(dim1=1, dim2=2).mean(1)
     a = a + (damping.inputs * (mean + 1e-3 * mean.mean()) + raw + 1e-12)[:, None, None] * torch.eye(n)
-    m, whole = shape[0] // groups, shrunk(*(half.outputs[None] for half in known))[0]
+    m, whole = shape[0] // groups, worth * shrunk(*(half.outputs[None] for half in known))[0]
     g = torch.stack([whole[at : at + m, at : at + m] for at in range(0, shape[0], m)])
     g = g + (damping.rows * whole.diagonal().mean() + 1e-30) * torch.eye(m)
     metric = Metric(_factor(a).numpy(), _factor(g).numpy())
@@ -218,97 +277,3 @@ def _factor(a: Array) -> Array:
         if not failed.any():
             return factor
         extra = max(10 * extra, 1e-8 * float(a.diagonal(dim1=1, dim2=2).mean()))
-
-
-def folded(draft: Draft, x: Array) -> tuple[Draft, dict[str, str]]:
-    """BatchNorm as scale and shift, its scale moved into the convolution that feeds it, where outputs stay the same.
-
-    Also tells, for each weight, the name of the bias or shift that is added to its output.
-
-    Which layer feeds which is seen in one forward pass; the folded network's outputs on `x` are compared with the
-    original's, and where they differ by more than rounding nothing is folded.
-    """
-    model = draft.module()
-    biases = {name: own for name in draft.weights() if (own := name.removesuffix("weight") + "bias") in draft.tensors}
-    feeds = _feeds(model, x)
-    if not feeds:
-        return draft, biases
-    with torch.no_grad():
-        before = model.eval()(x)
-    trees: dict[str, Tree] = {}
-    layers = dict(model.named_modules())
-    constants: list[str] = []
-    for norm_name, conv_name in feeds.items():
-        norm, weight = layers[norm_name], dense_array(draft.tensors[f"{conv_name}.weight"])
-        if f"{norm_name}.weight" not in draft.tensors:
-            continue
-        gamma, beta, mean, var = (
-            dense_array(draft.tensors[f"{norm_name}.{part}"]).astype(np.float64)
-            for part in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = gamma / np.sqrt(var + norm.eps)
-        weight = (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
-        tree = draft.tensors[f"{conv_name}.weight"].tree
-        trees[f"{conv_name}.weight"] = Sparse(tree.mask, weight[tree.mask]) if isinstance(tree, Sparse) else weight
-        constant = {f"{norm_name}.weight": 1, f"{norm_name}.running_mean": 0, f"{norm_name}.running_var": 1 - norm.eps}
-        if (own := f"{conv_name}.bias") in draft.tensors:
-            mean -= dense_array(draft.tensors[own])
-            constant[own] = 0
-        trees[f"{norm_name}.bias"] = (beta - mean * scale).astype(np.float32)
-        for name, value in constant.items():  # equal levels take no bits, where floats would take all of theirs
-            trees[name] = Uniform(np.ones(len(scale), np.int8), np.array(value, np.float32))
-        constants += constant
-        if (counter := f"{norm_name}.num_batches_tracked") in draft.tensors:
-            constants.append(counter)
-    after = tied(draft.with_trees(trees), constants)
-    with torch.no_grad():
-        off = (after.module().eval()(x) - before).abs().max()
-    if float(off) > 1e-3 * float(before.abs().max()) + 1e-6:
-        return draft, biases
-    return after, biases | {f"{feeds[n]}.weight": f"{n}.bias" for n in feeds if f"{n}.bias" in trees}
-
-
-def tied(draft: Draft, names: Iterable[str]) -> Draft:
-    """The draft with those of the named tensors that are equal stored once."""
-    first: dict[tuple[str, tuple[int, ...], bytes], artifact.Tensor] = {}
-    tensors = dict(draft.tensors)
-    for name in names:
-        array = dense_array(tensors[name])
-        tensors[name] = first.setdefault((tensors[name].dtype, array.shape, array.tobytes()), tensors[name])
-    return replace(draft, tensors=tensors)
-
-
-def _feeds(model: nn.Module, x: Array) -> dict[str, str]:
-    """For each BatchNorm in evaluation form, the convolution or linear layer whose output it takes, both used once."""
-    made: dict[int, str] = {}
-    kept: list[Array] = []
-    feeds: dict[str, str] = {}
-    calls: dict[str, int] = {}
-
-    def layer_hook(name: str) -> object:
-        def hook(layer: nn.Module, given: tuple[Array, ...], out: Array) -> None:
-            made[id(out)] = name
-            kept.append(out)  # keeps the id from being used again
-            calls[name] = calls.get(name, 0) + 1
-
-        return hook
-
-    def norm_hook(name: str) -> object:
-        def hook(layer: nn.Module, given: tuple[Array, ...], out: Array) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            if id(given[0]) in made:
-                feeds[name] = made[id(given[0])]
-
-        return hook
-
-    handles = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.track_running_stats:
-            handles.append(layer.register_forward_hook(norm_hook(name)))  # type: ignore[arg-type]
-        elif isinstance(layer, nn.Conv2d | nn.Linear):
-            handles.append(layer.register_forward_hook(layer_hook(name)))  # type: ignore[arg-type]
-    with torch.no_grad():
-        model.eval()(x)
-    for handle in handles:
-        handle.remove()
-    return {norm: layer for norm, layer in feeds.items() if calls[norm] == calls[layer] == 1}
