@@ -14,38 +14,46 @@ from table import write
 
 from tersenet.artifact import Coding, load
 from tersenet.methods.feedback import levels, tree_of
-from tersenet.recipe import Draft, artifact_of
+from tersenet.recipe import Draft, artifact_of, dense_array
 from tersenet.stages import waterfill
 from tersenet.stages.budget import QUICK, Search
-from tersenet.stages.waterfill import Prepared, gather, outputs, prepare
+from tersenet.stages.waterfill import Prepared, gather, outputs, prepare, weighed
 
 SIZES = {"resnet20": 66_000, "mobilenetv2": 1_600_000}
 STATIC = Coding(("bits", "huffman", "rans"))
 
 
-class Plain(Prepared):
-    """Parts of `Prepared` switched off: `feedback`, and `even` steps within a layer."""
+class Parts(Prepared):
+    """`Prepared` with parts of it switched off."""
 
-    feedback = True
-    even = True
+    feedback = steps = biased = trellis = True
 
     def at(self, c, rate=0.0):
         trees = {}
+        biases = {n: dense_array(self.draft.tensors[n]).astype(np.float64) for n in self.shifts}
         for layer in self.layers:
             steps = waterfill.waterfilled(layer.metric, c, int(np.prod(layer.shape[2:])))
-            if self.even:  # the step of the middle column and row everywhere
+            if not self.steps:  # the step of the middle column and row everywhere
                 middle = float(np.exp(np.log(steps.dense()).mean()))
                 zeros = [np.zeros_like(part) for part in (steps.rows, steps.channels, steps.places)]
                 steps = replace(steps, scale=middle, rows=zeros[0], channels=zeros[1], places=zeros[2])
             metric = layer.metric
             if not self.feedback:
                 metric = replace(metric, inputs=metric.inputs * np.eye(metric.inputs.shape[1]), outputs=metric.rows())
-            trees[layer.name] = tree_of(
-                levels(layer.weight, metric, steps.parts(), rate), steps, layer.shape, layer.transformed
-            )
-        biases = {n: waterfill.dense_array(self.draft.tensors[n]).astype(np.float64) for n in self.shifts}
+            q = levels(layer.weight, metric, steps.parts(), rate, None, self.trellis)
+            trees[layer.name] = tree_of(q, steps, layer.shape, layer.transformed)
+            if self.biased and layer.bias is not None:
+                error = layer.weight - q * steps.dense()
+                biases[layer.bias] += (error @ layer.means[..., None]).reshape(-1)
         trees |= {name: waterfill.rounded(biases[name], c * unit) for name, unit in self.shifts.items()}
         return self.draft.with_trees(trees)
+
+
+def without(prepared, *parts, layers=None):
+    made = Parts(prepared.draft, layers or prepared.layers, prepared.shifts)
+    for part in parts:
+        object.__setattr__(made, part, False)
+    return made
 
 
 def relative(prepared):
@@ -63,7 +71,7 @@ def columns_only(prepared):
     return [replace(layer, metric=replace(layer.metric, outputs=layer.metric.rows())) for layer in prepared.layers]
 
 
-def variants(gathered):
+def variants(gathered, weigh):
     """(label, prepared, rate, coding) from the plainest to all parts."""
     whole, shrunk = prepare(gathered), waterfill.shrunk
     waterfill.shrunk = lambda one, other: (one + other) / 2
@@ -72,23 +80,25 @@ def variants(gathered):
     untransformed = prepare(gathered)
     waterfill.spatial, waterfill.shrunk = spatial, shrunk
 
-    def plain(layers, feedback, even):
-        made = Plain(full.draft, layers, full.shifts)
-        object.__setattr__(made, "feedback", feedback)
-        object.__setattr__(made, "even", even)
-        return made
-
     flat, dct = relative(untransformed), relative(full)
-    yield "rounding, one step a layer, static codes", plain(flat, False, True), 0.0, STATIC
-    yield "+ error feedback over columns", plain(flat, True, True), 0.0, STATIC
-    yield "+ waterfilled steps", plain(flat, True, False), 0.0, STATIC
-    yield "+ DCT of kernels", plain(dct, True, False), 0.0, STATIC
-    yield "+ context coding", plain(dct, True, False), 0.0, QUICK
-    yield "+ rate-aware levels", plain(dct, True, False), 0.5, QUICK
-    yield "+ biases that take up the mean error", replace(full, layers=dct), 0.5, QUICK
-    yield "+ one global step in the Fisher metric", replace(full, layers=columns_only(full)), 0.5, QUICK
-    yield "+ error feedback over rows", full, 0.5, QUICK
-    yield "+ moments shrunk as far as their halves disagree", whole, 0.5, QUICK
+    plain, scalar = ("biased", "trellis"), ("trellis",)
+    yield (
+        "rounding, one step a layer, static codes",
+        without(full, "feedback", "steps", *plain, layers=flat),
+        0.0,
+        STATIC,
+    )
+    yield "+ error feedback over columns", without(full, "steps", *plain, layers=flat), 0.0, STATIC
+    yield "+ waterfilled steps", without(full, *plain, layers=flat), 0.0, STATIC
+    yield "+ DCT of kernels", without(full, *plain, layers=dct), 0.0, STATIC
+    yield "+ context coding", without(full, *plain, layers=dct), 0.0, QUICK
+    yield "+ rate-aware levels", without(full, *plain, layers=dct), 0.5, QUICK
+    yield "+ biases that take up the mean error", without(full, *scalar, layers=dct), 0.5, QUICK
+    yield "+ one global step in the Fisher metric", without(full, *scalar, layers=columns_only(full)), 0.5, QUICK
+    yield "+ error feedback over rows", without(full, *scalar), 0.5, QUICK
+    yield "+ moments shrunk as far as their halves disagree", without(whole, *scalar), 0.5, QUICK
+    yield "+ trellis", whole, 0.5, QUICK
+    yield "+ layers weighed by what their errors cost", prepare(weigh(gathered)), 0.5, QUICK
 
 
 def divergence(wanted, found):
@@ -114,7 +124,7 @@ def measure(name):
         print(made, flush=True)
         return made
 
-    for label, prepared, rate, coding in variants(gathered):
+    for label, prepared, rate, coding in variants(gathered, lambda known: weighed(known, task, search.c)):
         search.coding = coding
         yield row(label, *search.met(prepared, rate))
 
