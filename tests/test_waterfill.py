@@ -24,7 +24,7 @@ from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of
 from tersenet.stages.budget import to_size
 from tersenet.stages.folding import folded
 from tersenet.stages.prune import Prune
-from tersenet.stages.waterfill import gather, prepare, shrunk
+from tersenet.stages.waterfill import gather, prepare, shrunk, weighed
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,6 @@ def problem(rows=8, n=40, seed=0):
     generator = np.random.default_rng(seed)
     metric = Metric(spread(n, generator)[None], spread(rows, generator)[None])
     return generator.normal(size=(1, rows, n)), metric
-
-
-def cost(error, metric):
-    return float(np.square(np.swapaxes(metric.outputs, 1, 2) @ error @ metric.inputs).sum())
 
 
 def even(w, step):
@@ -170,9 +166,9 @@ def test_feedback_over_columns_and_rows_costs_less_than_over_columns_and_that_le
     for seed in range(10):
         w, metric = problem(seed=seed)
         steps = np.full((1, 8), 0.5), np.ones(40)
-        both = cost(w - levels(w, metric, steps, 0.0) * 0.5, metric)
-        columns = cost(w - levels(w, replace(metric, outputs=metric.rows()), steps, 0.0) * 0.5, metric)
-        assert both < columns < cost(w - np.rint(w / 0.5) * 0.5, metric)
+        both = metric.cost(w - levels(w, metric, steps, 0.0) * 0.5)
+        columns = metric.cost(w - levels(w, replace(metric, outputs=metric.rows()), steps, 0.0) * 0.5)
+        assert both < columns < metric.cost(w - np.rint(w / 0.5) * 0.5)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
@@ -198,7 +194,7 @@ def test_rows_of_a_trellis_are_paths_through_it_at_any_length():
         for known in (replace(metric, inputs=None, outputs=metric.rows()), metric):
             q = levels(w, known, (np.full((1, 5), 0.1), np.ones(n)), 0.0, None, True)
             assert follows(q[0])
-        assert cost(w - q * 0.1, metric) <= cost(w - np.rint(w / 0.2) * 0.2, metric)
+        assert metric.cost(w - q * 0.1) <= metric.cost(w - np.rint(w / 0.2) * 0.2)
 
 
 def test_a_trellis_errs_a_decibel_less_in_as_many_bytes():
@@ -206,7 +202,7 @@ def test_a_trellis_errs_a_decibel_less_in_as_many_bytes():
         q = levels(w, metric, (np.full((1, len(w[0])), step), np.ones(w.shape[2])), 0.0, None, trellis)
         if metric.inputs is None:
             return float(np.square(w - q * step).sum()), q[0]
-        return cost(w - q * step, metric), q[0]
+        return metric.cost(w - q * step), q[0]
 
     w = np.random.default_rng(0).normal(size=(1, 60, 500)) * 4
     metric = Metric(None, np.ones((1, 60)))
@@ -224,7 +220,7 @@ def test_waterfilled_steps_cost_what_they_promise_and_pricing_bits_makes_levels_
     w, metric = problem(rows=30, n=60)
     steps = waterfilled(metric, 0.05, 1)
     free, priced = (levels(w, metric, steps.parts(), rate) for rate in (0.0, 1.0))
-    assert cost(w - free * steps.dense(), metric) == pytest.approx(0.05**2 / 12 * w.size, rel=0.3)
+    assert metric.cost(w - free * steps.dense()) == pytest.approx(0.05**2 / 12 * w.size, rel=0.3)
     assert np.abs(priced).sum() < np.abs(free).sum()
 
 
@@ -236,8 +232,8 @@ def test_what_was_pruned_stays_zero_and_the_others_make_up_for_it(task):
         assert q[mask].any() and not q[~mask].any()
     w, metric = problem()
     kept, steps = np.random.default_rng(0).random(w.shape) < 0.5, (np.full((1, 8), 0.01), np.ones(40))
-    made_up = cost(w - levels(w, metric, steps, 0.0, kept) * 0.01, metric)
-    assert made_up < 0.9 * cost(w - np.where(kept, w, 0), metric)
+    made_up = metric.cost(w - levels(w, metric, steps, 0.0, kept) * 0.01)
+    assert made_up < 0.9 * metric.cost(w - np.where(kept, w, 0))
 
 
 def test_steps_fall_on_the_grid():
@@ -290,6 +286,16 @@ def test_a_drop_is_met_on_the_data_for_choosing(task):
     model = load(result.artifact.to_bytes()).into(Net())
     assert task.score(task.held(), model) >= task.score(task.held()) - 0.01
     assert result.artifact.nbytes < 0.2 * 4 * 19_000
+
+
+def test_weighing_makes_up_for_moments_that_overrate_a_layer(gathered, task):
+    """What a layer's errors cost is seen at the outputs, so it does not matter what its moments say of it as a whole."""
+    right = weighed(gathered, task, 0.002).worth
+    assert set(right) == {layer.name for layer in prepare(gathered).layers}
+    overrated = tuple(replace(half, outputs=8 * half.outputs) for half in gathered.found["last.weight"])
+    wrong = weighed(replace(gathered, found={**gathered.found, "last.weight": overrated}), task, 0.002).worth
+    ratios = {name: right[name] / wrong[name] for name in right}
+    assert 4 < ratios["last.weight"] / ratios["conv.weight"] < 16
 
 
 def test_output_errors_are_those_of_the_layers_outputs(task):

@@ -157,7 +157,7 @@ def weighed(gathered: Gathered, task: Task, c: float) -> Gathered:
     with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
         logs = list(progress(pool.map(ratio, layers), "weighing layers", len(layers)))
     middle = float(np.average(logs, weights=[layer.weight.size for layer in layers]))
-    worth = {layer.name: math.exp(min(max(log - middle, -4), 4)) for layer, log in zip(layers, logs, strict=True)}
+    worth = {layer.name: math.exp(min(max(log - middle, -8), 8)) for layer, log in zip(layers, logs, strict=True)}
     return replace(gathered, worth=worth)
 
 
