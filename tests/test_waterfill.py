@@ -289,7 +289,7 @@ def test_a_drop_is_met_on_the_data_for_choosing(task):
 
 
 def test_weighing_makes_up_for_moments_that_overrate_a_layer(gathered, task):
-    """What a layer's errors cost is seen at the outputs, so it does not matter what its moments say of it as a whole."""
+    """What a layer's errors cost is seen at the outputs, so it does not matter what moments say of all of it."""
     right = weighed(gathered, task, 0.002).worth
     assert set(right) == {layer.name for layer in prepare(gathered).layers}
     overrated = tuple(replace(half, outputs=8 * half.outputs) for half in gathered.found["last.weight"])
