@@ -75,6 +75,8 @@ static void search(const course *c, history *h, const paths *after, paths *befor
     const double *bits = c->steps->bits + (int64_t)c->context[i] * 8;
     for (int32_t s = 0; s < TERSE_STATES; s++) {
         before->cost[s] = 2 * NEVER;
+        h->level[k][s] = 0; /* for costs that are no numbers */
+        h->next[k][s] = NEXT[s][0];
         for (int32_t parity = 0; parity < 2; parity++) {
             int32_t next = NEXT[s][parity], odd = s & 1, level;
             double x = after->target[next][k] * unit, cost;
