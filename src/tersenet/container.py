@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import sys
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -341,7 +342,8 @@ class _Parser:
         return found
 
 
-THREADS, WORTH_A_THREAD = min(4, os.cpu_count() or 1), 1 << 13  # bytes of streams for each thread
+THREADS = 1 if sys.platform == "emscripten" else min(4, os.cpu_count() or 1)  # a browser's Python has none to start
+WORTH_A_THREAD = 1 << 13  # bytes of streams
 
 
 def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Tensor]:
@@ -383,9 +385,9 @@ def _arrays(coded: list[tuple[str, Promise, bytes]]) -> dict[int, Array]:
     """Every promised array by the promise's id, decoded on as many threads as are worth it: the C core frees Python."""
     piles: list[list[tuple[str, Promise, bytes]]] = [[] for _ in range(THREADS)]
     sizes = [0] * THREADS
-    least = sum([len(stream) for _, _, stream in coded]) < THREADS * WORTH_A_THREAD
+    few = sum([len(stream) for _, _, stream in coded]) < THREADS * WORTH_A_THREAD
     for job in sorted(coded, key=lambda job: -len(job[2])):
-        at = 0 if least else sizes.index(min(sizes))
+        at = 0 if few else sizes.index(min(sizes))
         piles[at].append(job)
         sizes[at] += len(job[2])
     found: dict[int, Array] = {}

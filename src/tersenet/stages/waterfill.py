@@ -132,7 +132,9 @@ def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
     other = moments(draft.module(), x[1::2], task, labels, seed=len(x)) if len(x) > 1 else one
     for name, known in (*one.items(), *other.items()):
         if not all(bool(part.isfinite().all()) for part in (known.inputs, known.outputs)):
-            raise ValueError(f"{name}: what the layer sees of the calibration inputs is not finite: check Task(train=...)")
+            raise ValueError(
+                f"{name}: what the layer sees of the calibration inputs is not finite: check Task(train=...)"
+            )
     return Gathered(draft, {name: (known, other[name]) for name, known in one.items()}, biases)
 
 
