@@ -16,7 +16,7 @@ from tersenet import native
 from tersenet.codecs.trellis import NEXT
 from tersenet.packed import Array
 
-HIGHEST = 32767.0
+HIGHEST = float(1 << 22)  # sizes of levels: a channel whose norm divides by next to nothing needs many
 MEANS = 2.0 ** ((np.arange(32) - 0.5) / 2) / 256  # mean sizes for which rates are tabled
 EDGES = 2.0 ** (np.arange(31) / 2) / 256
 BLOCK, NEVER = 32, 1e300  # as in the C core

@@ -113,10 +113,10 @@ class Waterfill:
 
 
 def rounded(values: np.ndarray, step: float) -> Tree:
-    """Values at multiples of a step, or as fp16 floats where levels would not be fewer bits."""
+    """Values at multiples of a step, or as fp16 floats where there is no step or it is far too fine."""
     step = float(np.float32(step))
     q = np.rint(values / step) if step > 0 else np.full(values.shape, np.inf)
-    if not np.abs(q).max(initial=0) < 1 << 15:
+    if not np.abs(q).max(initial=0) < 1 << 22:
         return values.astype(np.float16).astype(np.float32)
     return Uniform(narrowed(q.astype(np.int32)), np.array(step, np.float32))
 
