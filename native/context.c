@@ -70,9 +70,10 @@ typedef struct {
     uint64_t state[LANES];
     int64_t beside[LANES]; /* `offset` of the left neighbour */
     int32_t settle[LANES];
-    int32_t path[LANES], place[LANES]; /* the state of a trellis, the place in the kernel */
+    int32_t path[LANES]; /* the state of a trellis */
     int32_t *line[LANES]; /* a lane's row, moved back by as many columns as the lane lags behind */
     int32_t *mean;        /* of the columns */
+    int64_t place;        /* the first lane's in the kernel; the others, which lag behind, keep their means as far ahead */
 } lanes;
 
 /* The least magnitude of each letter. */
@@ -197,12 +198,11 @@ INLINE void step(stream *c, estimates *s, const terse_model *m, lanes *v, int64_
                  const int32_t trellis, const int32_t decode) {
     alphabet *a[LANES];
     int64_t letter[LANES];
-    int32_t *mean = v->mean + t, blend = m->blend;
+    int32_t *mean = v->mean + t, *row = s->row[v->place], *older = s->older[v->place], blend = m->blend;
     uint32_t size[LANES];
-    const int64_t memory = 65536 >> m->memory;
 #pragma GCC unroll 4
     for (int64_t l = from; l < to; l++) {
-        alphabet *level = s->at[m->level[(uint32_t)(s->older[v->place[l]][l] * (16 - blend) + mean[-l] * blend) >> 12]];
+        alphabet *level = s->at[m->level[(uint32_t)(older[l] * (16 - blend) + mean[-l] * blend) >> 12]];
         a[l] = (alphabet *)((char *)level + v->beside[l]);
         KEEP(a[l]);
         if (!decode) {
@@ -254,10 +254,8 @@ INLINE void step(stream *c, estimates *s, const terse_model *m, lanes *v, int64_
         }
         if (__builtin_expect(--a[l]->due == 0, 0)) renew(s, a[l]);
         mean[-l] += (goal - mean[-l]) * v->settle[l] >> 12;
-        int32_t place = v->place[l], row = s->row[place][l];
-        s->older[place][l] = row;
-        s->row[place][l] = row + (int32_t)((goal - row) * memory >> 16);
-        v->place[l] = place + 1 == m->places ? 0 : place + 1;
+        older[l] = row[l];
+        row[l] += (goal - row[l]) >> m->memory;
     }
 }
 
@@ -282,21 +280,20 @@ INLINE void code_sizes(stream *given, estimates *s, const terse_model *model, in
             v.settle[l] = (int32_t)(settle > least ? settle : least);
             v.line[l] = values + (i + l) * m.columns - l;
             v.beside[l] = v.path[l] = 0;
-            v.place[l] = 0;
-            for (int32_t k = 0; k < m.places; k++) s->row[k][l] = s->older[k][l] = start[k];
+            for (int32_t k = 0; k < m.places; k++) s->row[(k + l) % m.places][l] = s->older[(k + l) % m.places][l] = start[k];
         }
-        for (int64_t t = 0; t < steps;) {
+        v.place = 0;
+        for (int64_t t = 0; t < steps; t++, v.place = v.place + 1 == m.places ? 0 : v.place + 1) {
             if (active == LANES && t >= LANES - 1 && t < m.columns) {
-                for (; t < m.columns; t++) step(&c, s, &m, &v, t, 0, LANES, trellis, decode);
+                step(&c, s, &m, &v, t, 0, LANES, trellis, decode);
             } else {
                 int64_t from = t < m.columns ? 0 : t - m.columns + 1, to = t < active ? t + 1 : active;
                 for (int64_t l = from; l < to; l++) step(&c, s, &m, &v, t, l, l + 1, trellis, decode);
-                t++;
             }
         }
         for (int64_t l = 0; l < active; l++) {
             for (int32_t k = 0; k < m.places; k++) {
-                start[k] = (3 * start[k] + s->row[k][l]) / 4;
+                start[k] = (3 * start[k] + s->row[(k + l) % m.places][l]) / 4;
             }
         }
     }
