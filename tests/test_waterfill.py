@@ -18,13 +18,13 @@ from tersenet.codecs import CODECS
 from tersenet.codecs.trellis import follows
 from tersenet.methods.feedback import Metric, Steps, levels, waterfilled
 from tersenet.methods.transform import KernelDCT
-from tersenet.packed import Transformed, unpack
+from tersenet.packed import Transformed, Uniform, unpack
 from tersenet.promise import compress, output_errors
 from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of
 from tersenet.stages.budget import to_size
 from tersenet.stages.folding import folded
 from tersenet.stages.prune import Prune
-from tersenet.stages.waterfill import gather, prepare, shrunk, weighed
+from tersenet.stages.waterfill import gather, prepare, rounded, shrunk, weighed
 
 
 @pytest.fixture(scope="module")
@@ -387,3 +387,14 @@ def test_without_a_recipe_the_command_quantizes(tmp_path):
     terse("compress", tmp_path / "net.npz", "--ratio", 8, "-o", tmp_path / "n.terse")
     assert 4800 < (tmp_path / "n.terse").stat().st_size <= 5000
     assert isinstance(tn.load(tmp_path / "n.terse")["w"].q, np.ndarray)
+
+
+def test_fine_steps_keep_their_levels():
+    values = np.linspace(-1, 1, 9)
+    tree = rounded(values, 1e-5)
+    assert isinstance(tree, Uniform) and np.abs(tree.unpack() - values).max() <= 0.51e-5
+    w = np.linspace(0.5, 1, 64).reshape(1, 1, 64)
+    for trellis in (False, True):
+        steps = np.full((1, 1), 1e-5), np.ones(64)
+        found = levels(w, Metric(None, np.ones((1, 1))), steps, 0.0, None, trellis)
+        assert np.abs(found * 1e-5 - w).max() <= 2.1e-5
