@@ -18,6 +18,7 @@
 #define TERSE_ERANGE -1  /* the output buffer is too small */
 #define TERSE_EDATA -2   /* the stream is damaged: it ends early, is too long, or says what cannot be */
 #define TERSE_EARGUMENT -3
+#define TERSE_ETYPE -4
 
 /* What this build and this machine can run: bit 0 AVX2, bit 1 AVX-512. */
 TERSE_API int32_t terse_simd(void);
@@ -62,9 +63,11 @@ TERSE_API int64_t terse_rans_split(const uint8_t *in, int64_t n, uint8_t *out);
 #define TERSE_NEXT {{0, 2}, {5, 7}, {1, 3}, {6, 4}, {2, 0}, {4, 6}, {3, 1}, {7, 5}}
 
 /* context.py: adaptive coding of a matrix of integers with rANS, row by row. The last two axes of the array that it was
- * made of are the kernel: signs look at their neighbours there. */
+ * made of are the kernel: signs look at their neighbours there. `prior` is aligned to 16 bytes: [50][16] first shares of the
+ * letters up to each, in 1/32768; from 25 on for odd levels. */
 typedef struct {
-    int64_t rows, columns;
+    int64_t rows, columns, width; /* columns that are coded, and all */
+    const int32_t *column;        /* [columns + 1]: which, ascending, and `width`; the others are zero */
     int64_t kernel_rows, kernel_columns;
     int32_t places;       /* so many columns in turn have means of their own along the row, 1..64 */
     int32_t low, high;    /* every value lies in low..high; low <= 0 <= high */
@@ -75,17 +78,26 @@ typedef struct {
     int32_t signs;        /* where they have contexts, their shares of "negative" in 1/16, of four bits each: by the left
                            * and the upper neighbour in the kernel (+, 0), (0, +), (+, +), (+, -); the others mirror these */
     int32_t trellis;      /* 1 where levels follow the trellis along the rows: numbers are coded, by the state's alphabets */
-    const uint8_t *level; /* [4096]: predicted magnitude in 1/256 -> context 0..23 */
-    const int16_t *prior; /* [48][16]: first shares of the letters up to each, in 1/32768, less 1; from 24 on for odd levels */
+    const float *prior;
 } terse_model;
 
 /* `list` has room for a word for each coding step: one for each value, one more for each sign, for each magnitude from 8
- * up, and two more from 128. `mean` has room for each column; `around` for one kernel with a row and a column more, or for
- * at most 256 such where there are 16 and more, NULL where signs have no contexts. Returns the bytes written, or an error. */
+ * up, and two more from 128. `mean` has room for each column and one more; `around` for four rows of kernels, each with a row
+ * and a column more, of which it holds one, or where there are 16 and more at most 256; or for a matrix that is one kernel,
+ * five rows with a column more; NULL where signs have no contexts. Returns the bytes written, or an error. */
 TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint64_t *list, int64_t listed,
-                                       uint8_t *out, int64_t capacity, int32_t *mean, uint8_t *around);
-TERSE_API int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_model *model, int32_t *out,
-                                       int32_t *mean, uint8_t *around);
+                                       uint8_t *out, int64_t capacity, float *mean, uint8_t *around);
+
+/* An array as it is walked, and what its type can hold. `places` is how many lie in a kernel, or 1 if that is over 64. */
+typedef struct {
+    int64_t rows, width, kernel_rows, kernel_columns, least, most;
+    int32_t places;
+} terse_matrix;
+
+/* A whole stream, with its settings, to integers of 1, 2, 4 or 8 bytes. `room` is for four rows of 32-bit integers (two
+ * if there is one), two with an integer more, and `around`. Returns the number of integers, or an error; TERSE_ETYPE where the type cannot hold the values. */
+TERSE_API int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_matrix *matrix, const float *prior,
+                                       void *out, int32_t bytes, void *room, int64_t capacity);
 
 /* feedback.py: levels for `whitened` [lines][values], which is used up, from the Cholesky factor [lines][lines] of one side
  * and that [values][values] of the other with each column divided by its diagonal; NULL for a diagonal one. */

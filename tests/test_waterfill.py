@@ -378,6 +378,9 @@ def test_the_search_for_a_step_ends_below_the_budget():
         else:
             c = from_below(size_at, most, 0.01)
             assert 0.985 * most <= size_at(c) <= most and len(sizes) < 10
+    for edge in (0.012, 0.3):  # sizes that hardly move and then jump
+        c = from_below(lambda c, edge=edge: 4_071 - int(10 * c) if c < edge else 3_900, 4_000, 0.01)
+        assert edge <= c < 1.5 * edge
 
 
 def test_without_a_recipe_the_command_quantizes(tmp_path):

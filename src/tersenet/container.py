@@ -311,12 +311,13 @@ class _Parser:
 
     def array(self) -> Promise:
         reader = self.reader
-        form, rank = reader.numbers(2)
+        form, rank = reader.byte(), reader.byte()
         if form >= len(FORMATS) or rank > RANK_CAP:
             raise FormatError("an array has an unknown type or too many axes")
-        *shape, codec = reader.numbers(rank + 1)
+        numbers = reader.numbers(rank + 1)
+        shape, codec = numbers[:rank], numbers[rank]
         size, length = math.prod(shape), 0
-        if (size or math.prod([n or 1 for n in shape])) >= 1 << 60:
+        if size >= 1 << 60 or (not size and math.prod([n or 1 for n in shape]) >= 1 << 60):
             raise FormatError("an array has too many values")
         if codec == POOLED:
             offset = self.pooled.get(form, 0)
@@ -327,7 +328,7 @@ class _Parser:
             length, offset = reader.number(), self.offset
             self.offset += length
         self.needed += size * max(4, HELD[form].itemsize)
-        promise = Promise(tuple(shape), form, codec, length, offset)
+        promise = Promise(shape, form, codec, length, offset)
         self.promises.append(promise)
         return promise
 

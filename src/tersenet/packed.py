@@ -33,7 +33,7 @@ def namespace(array: Array) -> ModuleType:
 def half_powers(exponents: Array) -> Array:
     """2^(e/2) in float32 for int8 exponents: the grid on which step ids are sent."""
     xp = namespace(exponents)
-    return xp.asarray(_HALVES)[xp.asarray(exponents, dtype=xp.int64)]
+    return _HALVES[exponents] if xp is np else xp.asarray(_HALVES)[xp.asarray(exponents, dtype=xp.int64)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,27 +73,34 @@ class Uniform(Packed):
     steps: tuple[Array, ...] = ()
 
     def unpack(self) -> Array:
-        scale = unpack(self.scale)
-        xp = namespace(scale)
-        levels = xp.asarray(self.q, dtype=xp.float32)
+        rows, columns = unpack(self.scale), None
+        xp = namespace(rows)
+        dense = xp.asarray(self.q, dtype=xp.float32)
         if self.zero is not None:
-            levels = levels + xp.asarray(self.zero, dtype=xp.float32)
+            dense = dense + xp.asarray(self.zero, dtype=xp.float32)
         for exponents in self.steps:
-            scale = scale * half_powers(exponents)
-        return levels * scale
+            if tuple(exponents.shape[:1]) == tuple(dense.shape[:1]):
+                rows = rows * half_powers(exponents)
+            else:
+                columns = half_powers(exponents) * (1 if columns is None else columns)
+        for factor in (rows, columns):  # in place for NumPy: memory that is fresh costs more than the product
+            if factor is not None:
+                dense = xp.multiply(dense, factor, out=dense if xp is np else None)
+        return dense
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.q.shape)
 
     def check(self) -> None:
+        shape, steps, zero = self.q.shape, self.steps, self.zero
         _require(is_integer(self.q), "levels are integers")
-        _require(isinstance(self.steps, tuple), "steps are a tuple")
-        shape = self.q.shape
-        for part in (self.scale, *(() if self.zero is None else (self.zero,)), *self.steps):
+        _require(isinstance(steps, tuple), "steps are a tuple")
+        for part in (self.scale, *steps) if zero is None else (self.scale, zero, *steps):
             _require(_broadcasts(part.shape, shape), "scale, zero and steps broadcast against the levels")
-        _require(self.zero is None or is_integer(self.zero), "zero is an integer")
-        _require(all(s.dtype == np.int8 for s in self.steps if _is_numpy(s)), "steps are int8")
+        _require(zero is None or is_integer(zero), "zero is an integer")
+        for part in steps:
+            _require(not _is_numpy(part) or part.dtype == np.int8, "steps are int8")
         _require(is_float_tree(self.scale), "scale is a float")
 
 
@@ -376,7 +383,12 @@ def tree_lines(name: str, tree: Tree, size_of: Callable[[str, Array], int]) -> l
 
 def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
     skipped = len(against) - len(shape)
-    return skipped >= 0 and all(a in (1, b) for a, b in zip(shape, against[skipped:], strict=True))
+    if skipped < 0:
+        return False
+    for at, n in enumerate(shape, skipped):
+        if n != 1 and n != against[at]:
+            return False
+    return True
 
 
 def _is_numpy(array: Array) -> bool:

@@ -1,14 +1,14 @@
 """Adaptive coding of integer arrays: letters of magnitude by rANS, with contexts from what is already decoded.
 
 A magnitude is one of 16 letters (0..7, half octaves up to 127, "128 and more"); even bits tell the magnitudes of a
-letter apart. The letters' alphabet belongs to a prediction of the magnitude, on a scale of 24 steps, and to the left
+letter apart. The letters' alphabet belongs to a prediction of the magnitude, on a scale of 25 steps, and to the left
 neighbour's magnitude. The prediction blends the mean of the column over earlier rows with a decaying mean along the
 row, or one for each place of the kernels along the row; these begin where those of earlier rows have come to. An
 alphabet is counted, leaning on the counts of its prediction alone and those on a Laplace distribution of that mean, so
 small tensors pay little for learning. Signs follow; where it pays, two bytes tell how often a sign is that of its
 neighbours in the kernel. The blend, the memories and what has contexts are chosen for each array and cost two bytes.
 Where the rows are paths through the trellis (`trellis.py`), the levels' numbers are coded, with alphabets of their own
-for states that hold odd levels.
+for states that hold odd levels. Where many columns hold nothing but zeros, they are named first and left out.
 
 DeepCABAC (Wiedemann et al. 2019) and ISO/IEC 15938-17 code binary decisions instead: as small, but a processor
 guesses each of them and starts again when it guessed wrong, which makes decoding several times slower.
@@ -16,6 +16,7 @@ guesses each of them and starts again when it guessed wrong, which makes decodin
 
 import bisect
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from tersenet import native
 from tersenet.codecs.stream import FormatError, Ints, Reader, Unsuited, flat32, put_number, unzigzag, zigzag
 from tersenet.codecs.trellis import NEXT, follows
 
-LEVELS, LEFTS, LETTERS, EXACT, TAIL = 24, 4, 16, 8, 128
+LEVELS, LEFTS, LETTERS, EXACT, TAIL = 25, 4, 16, 8, 128
 BITS, LEAST = 15, 4  # shares are in 1/2^15; no letter's tends to less than LEAST
 WHOLE = 1 << BITS
 LANES, SMALL, PLACES = 4, 1024, 64  # rows that are coded at once, from so many values on
@@ -35,18 +36,16 @@ FRESH, KNOWN = 32, 64  # what an alphabet's counts are added to: so much of its 
 CHUNK, MANY = 256, 16  # kernels whose signs are coded side by side, where there are so many
 MOST = (1 << 29) - 1  # integers of an array
 NEIGHBOURS = ((1, 0), (0, 1), (1, 1), (1, -1))  # signs to the left and above whose shares are sent
-EVEN = 0x8888  # shares of signs that are as likely
 TRIAL = 1 << 16  # integers that are looked at to choose the model of a larger array
+UNIT, ZERO = 1024, 7  # of means: half a letter, and what a zero counts as, so that their floats stay normal
+FIRST = 2 * (127 + 2) + 1  # exponent and first bit of the fraction of means in the lowest context
+WORTH_LEAVING = 4096  # zeros in columns that hold nothing else, from which on these are left out
 
 FLOOR: tuple[int, ...] = (*range(8), 8, 12, 16, 24, 32, 48, 64, TAIL)  # the least magnitude of each letter
 
-# Upper edges of the predicted magnitude in 1/256 for each context: 2^(k/2), so 1/256 .. 11.3.
-_EDGES = [round(2 ** (k / 2)) for k in range(LEVELS - 1)]
-LEVEL = np.searchsorted(np.array(_EDGES), np.arange(4096), side="right").astype(np.uint8)
-
 
 def _laplace(mean: float, odd: bool) -> list[int]:
-    """Shares in 1/WHOLE, less WHOLE, of the letters up to each for a rounded Laplace variable of this mean.
+    """Shares in 1/WHOLE of the letters up to each for a rounded Laplace variable of this mean.
 
     In states of a trellis that hold odd levels, the first lie at half a number, and zero takes half as much.
     """
@@ -56,19 +55,36 @@ def _laplace(mean: float, odd: bool) -> list[int]:
     first = math.sqrt(significant) if odd else significant
     second = significant * math.sqrt(greater) if odd else significant * greater
     ends = [int(free * (1 - (first if floor == 1 else second * greater ** (floor - 2)))) for floor in FLOOR[1:]]
-    return [end + LEAST * (k + 1) - WHOLE for k, end in enumerate(ends)] + [0]
+    return [end + LEAST * (k + 1) for k, end in enumerate(ends)] + [WHOLE]
 
 
-PRIOR = np.array([_laplace(2 ** ((k - 0.5) / 2) / 256, odd) for odd in (False, True) for k in range(LEVELS)], np.int16)
-TABLES = LEVEL.ctypes.data, PRIOR.ctypes.data
+def _priors() -> NDArray[np.float32]:
+    """[2 * LEVELS, LETTERS] at an address that is a multiple of 16: of each prediction, for even levels and for odd."""
+    room = np.zeros(2 * LEVELS * LETTERS + 4, np.float32)
+    first = -(room.ctypes.data // 4) % 4
+    prior = room[first : first + 2 * LEVELS * LETTERS].reshape(2 * LEVELS, LETTERS)
+    prior[:] = [_laplace(2 ** ((k - 0.5) / 2) / 256, odd) for odd in (False, True) for k in range(LEVELS)]
+    return prior
+
+
+PRIOR = _priors()
 
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("rows", "columns", "kernel_rows", "kernel_columns")],
+        *[(name, ctypes.c_int64) for name in ("rows", "columns", "width")],
+        ("column", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("kernel_rows", "kernel_columns")],
         *[(name, ctypes.c_int32) for name in ("places", "low", "high", "slow", "blend", "memory", "settle")],
         *[(name, ctypes.c_int32) for name in ("signs", "trellis")],
-        *[(name, ctypes.c_void_p) for name in ("level", "prior")],
+        ("prior", ctypes.c_void_p),
+    ]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("rows", "width", "kernel_rows", "kernel_columns", "least", "most")],
+        ("places", ctypes.c_int32),
     ]
 
 
@@ -80,17 +96,25 @@ CHOICES = {  # of each setting, the usual one first
     "settle": (4, 3, 6, 8),
     "signs": (0, 1),
     "trellis": (0, 1),
+    "skip": (0, 1),
 }
 MODELS = math.prod(map(len, CHOICES.values()))
 
 
 class Matrix(NamedTuple):
-    """How an array is walked: the size of the matrix, the last two axes, how many places of a kernel have own means."""
+    """How an array is walked: the size of the matrix, its columns that are coded and an end to them, the last two axes,
+    how many places of a kernel have means of their own."""
 
     rows: int
-    columns: int
+    width: int
+    column: NDArray[np.int32]
     kernel: tuple[int, int]
     places: int
+
+    @property
+    def columns(self) -> int:
+        """How many are coded."""
+        return len(self.column) - 1
 
     @property
     def lanes(self) -> int:
@@ -99,15 +123,13 @@ class Matrix(NamedTuple):
         return 1 if few else LANES
 
     @property
-    def kernels(self) -> int:
-        """How many there are."""
-        return self.rows * self.columns // (self.kernel[0] * self.kernel[1])
-
-    @property
     def cells(self) -> int:
-        """Places for the kernels whose signs are coded together, with an empty row and an empty column before each."""
-        together = min(self.kernels, CHUNK) if self.kernels >= MANY else 1
-        return together * (self.kernel[0] + 1) * (self.kernel[1] + 1)
+        """Places for the kernels of the rows coded together, or of a part of them, and a row and a column more each."""
+        high, wide = self.kernel
+        if wide == self.width:
+            return (LANES + 1) * (wide + 1)
+        kernels = LANES * self.width // (high * wide)
+        return (high + 1) * (wide + 1) * (min(kernels, CHUNK) if kernels >= MANY else 1)
 
 
 class Model(NamedTuple):
@@ -116,7 +138,8 @@ class Model(NamedTuple):
     `places` is 1 where each place of a kernel has its own mean along the row. Counts are halved at 2^(slow + 1).
     `blend` is the weight of the column's mean in 1/16. Means of a row and of a column move by 2^-memory and 2^-settle
     of their way.
-    `signs` is 1 where signs have contexts (`sign_shares`), `trellis` where rows are paths through the trellis.
+    `signs` is 1 where signs have contexts (`sign_shares`), `trellis` where rows are paths through the trellis, `skip`
+    where columns that hold nothing but zeros are left out.
     """
 
     places: int = 0
@@ -126,6 +149,7 @@ class Model(NamedTuple):
     settle: int = 0
     signs: int = 0
     trellis: int = 0
+    skip: int = 0
 
     def number(self) -> int:
         total = 0
@@ -145,24 +169,51 @@ class Model(NamedTuple):
         """The settings themselves in place of their indices."""
         return Model(*(options[index] for index, options in zip(self, CHOICES.values(), strict=True)))
 
-    def matrix(self, shape: Sequence[int]) -> Matrix:
-        """The matrix for an array of this shape, in which axes of one place do not count; its rows are the first axis.
-
-        An array of one axis is one row, or rows of 1024 where that comes out even: means of columns are then few.
-        """
-        axes = [size for size in shape if size != 1]
-        if len(axes) < 2:
-            size = math.prod(axes)
-            axes = [size // 1024, 1024] if size and size % 1024 == 0 else [1, size]
-        rows, columns, kernel = axes[0], math.prod(axes[1:]), (axes[-2], axes[-1])
-        places = math.prod(axes[2:]) if self.places else 1
-        return Matrix(rows, columns, kernel, places if places <= PLACES else 1)
+    def matrix(self, shape: Sequence[int], live: Ints | None = None) -> Matrix:
+        """The matrix for an array of this shape; `live` are the columns that are coded, if not all are."""
+        rows, width, kernel, places = walked(shape)
+        column = np.arange(width + 1, dtype=np.int32) if live is None else np.append(live, width).astype(np.int32)
+        return Matrix(rows, width, column, kernel, places if self.places else 1)
 
     def native(self, matrix: Matrix, low: int, high: int, signs: int) -> _Model:
         """The same for the C core."""
         c = self.chosen()
         settings = (low, high, c.slow, c.blend, c.memory, c.settle, signs, c.trellis)
-        return _Model(matrix.rows, matrix.columns, *matrix.kernel, matrix.places, *settings, *TABLES)
+        sizes = (matrix.rows, matrix.columns, matrix.width, matrix.column.ctypes.data, *matrix.kernel, matrix.places)
+        return _Model(*sizes, *settings, PRIOR.ctypes.data)
+
+
+def walked(shape: Sequence[int]) -> tuple[int, int, tuple[int, int], int]:
+    """Rows and columns of the matrix for an array of this shape, its last two axes, the places of a kernel up to 64.
+
+    Axes of one place do not count; the rows are the first axis. An array of one axis is one row, or rows of 1024 where
+    that comes out even: means of columns are then few.
+    """
+    axes = [size for size in shape if size != 1]
+    if len(axes) < 2:
+        size = math.prod(axes)
+        axes = [size // 1024, 1024] if size and size % 1024 == 0 else [1, size]
+    places = math.prod(axes[2:])
+    return axes[0], math.prod(axes[1:]), (axes[-2], axes[-1]), places if places <= PLACES else 1
+
+
+@functools.lru_cache(64)
+def _native_matrix(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[_Matrix, int]:
+    """What the C core wants to know of an array, and how many bytes it needs for decoding it."""
+    rows, width, kernel, places = walked(shape)
+    held, cells = min(max(rows, 2), LANES), Model().matrix(shape).cells
+    return _Matrix(rows, width, *kernel, *_range(dtype), places), 4 * (held * width + 2 * (width + 1)) + cells
+
+
+def _range(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """The least and the highest that a type holds, as far as the coder goes."""
+    if dtype == np.bool_:
+        return 0, 1
+    info = np.iinfo(dtype)
+    return max(info.min, -(1 << 62)), min(info.max, 1 << 62)
+
+
+NAMES = Model(blend=CHOICES["blend"].index(0))  # how the names of columns are coded: as one row
 
 
 def sign_shares(values: NDArray[np.int32], kernel: tuple[int, int]) -> int:
@@ -188,16 +239,22 @@ def encode_array(values: NDArray[np.int32], model: Model, low: int, high: int) -
     """The stream of an array whose values lie in low..high, low <= 0 <= high."""
     if low < 0 and high == 0:
         values, low, high = np.asarray(-values), 0, -low
-    matrix, head, signs = model.matrix(values.shape), b"", 0
+    head, live, signs = b"", None, 0
+    if model.skip:
+        used = np.any(values.reshape(walked(values.shape)[:2]), 0).astype(np.int32)
+        live, names = np.flatnonzero(used), encode_array(used, NAMES, 0, 1)
+        head = put_number(len(names)) + names
+    matrix = model.matrix(values.shape, live)
     if low and model.signs:
         signs = sign_shares(values, matrix.kernel)
-        head = signs.to_bytes(2, "little")
+        head += signs.to_bytes(2, "little")
     if native.library() is None:
         return head + _Encoder(values, matrix, model, low, high, signs).stream()
     sizes = np.abs(values)
     steps = values.size + int((sizes > 0).sum()) + int((sizes >= EXACT).sum()) + 2 * int((sizes >= TAIL).sum())
     listed, out = np.empty(steps, np.uint64), np.empty(2 * steps + 8 * (LANES + 1), np.uint8)
-    given = (listed, listed.size, out, out.size, *_room(matrix, signs))
+    mean, around = np.empty(matrix.columns + 1, np.float32), np.empty(matrix.cells, np.uint8) if signs else None
+    given = (listed, listed.size, out, out.size, mean, around)
     done = native.call("context_encode", values, ctypes.byref(model.native(matrix, low, high, signs)), *given)
     if done is None or done < 0:
         raise RuntimeError(f"context coder failed ({done})")
@@ -205,25 +262,22 @@ def encode_array(values: NDArray[np.int32], model: Model, low: int, high: int) -
 
 
 def decode_array(data: bytes, model: Model, shape: Sequence[int], low: int, high: int) -> NDArray[np.int32]:
-    """The array of this shape; raises `FormatError` unless `data` is exactly its stream."""
+    """The array of this shape by the twin; raises `FormatError` unless `data` is exactly its stream."""
     if low < 0 and high == 0:
         return np.asarray(-decode_array(data, model, shape, 0, -low))
-    matrix, signs = model.matrix(shape), 0
+    live, signs = None, 0
+    if model.skip:
+        reader = Reader(data)
+        live = decode_array(reader.take(reader.number()), NAMES, walked(shape)[1:2], 0, 1).nonzero()[0]
+        if not live.size:
+            raise FormatError("a context-coded stream leaves out all columns")
+        data = reader.rest()
+    matrix = model.matrix(shape, live)
     if low and model.signs:
         signs, data = int.from_bytes(data[:2], "little"), data[2:]
         if not all(signs >> at & 15 for at in (0, 4, 8, 12)):
             raise FormatError("a context-coded stream has signs that never occur")
-    if native.library() is None:
-        return _Decoder(data, matrix).array(model, low, high, signs).reshape(shape)
-    out = np.empty(shape, np.int32)
-    given = (ctypes.byref(model.native(matrix, low, high, signs)), out, *_room(matrix, signs))
-    if native.call("context_decode", ctypes.c_char_p(data), len(data), *given) != out.size:
-        raise FormatError("a context-coded stream is damaged")
-    return out
-
-
-def _room(matrix: Matrix, signs: int) -> tuple[NDArray[np.int32], NDArray[np.uint8] | None]:
-    return np.empty(matrix.columns, np.int32), np.empty(matrix.cells, np.uint8) if signs else None
+    return _Decoder(data, matrix).array(model, low, high, signs).reshape(shape)
 
 
 def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
@@ -238,7 +292,10 @@ def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
             sized[model] = len(encode_array(sample, model, low, high))
         return sized[model]
 
-    best = Model(trellis=int(follows(values.reshape(Model().matrix(values.shape)[:2]))))
+    flat = values.reshape(walked(values.shape)[:2])
+    zeros = len(flat) * int((~flat.any(0)).sum())
+    skip = zeros >= max(WORTH_LEAVING, flat.size // 8) and zeros < flat.size
+    best = Model(trellis=int(follows(flat)), skip=int(skip))
     for name in ("places", "signs", "blend", "memory", "settle", "slow"):
         best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=size)
     return best
@@ -255,27 +312,44 @@ class Context:
             raise Unsuited("more integers than the context coder counts")
         origin = low + int(np.bincount(flat - low).argmax()) if high - low < 1 << 16 else max(low, min(0, high))
         levels = (flat - np.int32(origin)).reshape(values.shape)
-        low, high = low - origin, high - origin
-        model = choose(levels, low, high)
-        head = put_number(zigzag(origin)) + put_number(-low) + put_number(high) + put_number(model.number())
-        return head + encode_array(levels, model, low, high)
+        return encode_levels(levels, choose(levels, low - origin, high - origin), origin)
 
     def decode(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
-        reader = Reader(data)
-        origin = unzigzag(reader.number(1 << 32))
-        low, high = -reader.number(1 << 24), reader.number(1 << 24)
-        model = Model.of_number(reader.number(MODELS - 1))
         if math.prod(shape) == 0:
             raise FormatError("an empty array is not context-coded")
-        info = np.iinfo(np.uint8 if dtype == np.bool_ else dtype)
-        most = 1 if dtype == np.bool_ else info.max
-        if low + origin < info.min or high + origin > most or origin >= 1 << 30:
-            raise FormatError(f"a stream holds values that {dtype} cannot")
-        whole = np.uint8 if dtype == np.bool_ else dtype
-        values: Ints = decode_array(reader.rest(), model, shape, low, high).astype(whole)
-        if origin:  # modulo the width of the type, which every value fits
-            values += np.array(origin).astype(whole)
-        return values.astype(dtype, copy=False)
+        if native.library() is None:
+            return _decode_slowly(data, shape, dtype)
+        out = np.empty(shape, dtype)
+        matrix, size = _native_matrix(tuple(shape), dtype)
+        room = np.empty(size, np.uint8)
+        given = ctypes.c_char_p(data), len(data), ctypes.byref(matrix), PRIOR, out, np.int32(out.itemsize), room, size
+        done = native.call("context_decode", *given)
+        if done != out.size:
+            raise FormatError(WRONG_TYPE.format(dtype) if done == -4 else "a context-coded stream is damaged")
+        return out
+
+
+WRONG_TYPE = "a stream holds values that {} cannot"
+
+
+def encode_levels(levels: NDArray[np.int32], model: Model, origin: int = 0) -> bytes:
+    """The whole stream of an array of levels, to which `origin` is added when they are decoded."""
+    low, high = min(int(levels.min()), 0), max(int(levels.max()), 0)
+    head = put_number(zigzag(origin)) + put_number(-low) + put_number(high) + put_number(model.number())
+    return head + encode_array(levels, model, low, high)
+
+
+def _decode_slowly(data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
+    """The twin of terse_context_decode."""
+    reader = Reader(data)
+    origin = unzigzag(reader.number(1 << 32))
+    low, high = -reader.number(1 << 24), reader.number(1 << 24)
+    model = Model.of_number(reader.number(MODELS))
+    least, most = _range(dtype)
+    if low + origin < least or high + origin > most or origin + high >= 1 << 30:
+        raise FormatError(WRONG_TYPE.format(dtype))
+    levels = decode_array(reader.rest(), model, shape, low, high)
+    return (levels.astype(np.int64) + origin).astype(dtype)
 
 
 def letter_of(size: int) -> int:
@@ -284,13 +358,15 @@ def letter_of(size: int) -> int:
 
 
 class _Counts:
-    """How often letters up to each were seen, halved when that is often enough."""
+    """How often letters up to each were seen, halved until that is less than `most`."""
 
     def __init__(self) -> None:
         self.below = np.zeros(LETTERS, np.int64)
 
     def add(self, fresh: NDArray[np.int64], most: int) -> None:
-        self.below = self.below + fresh >> int(self.below[-1] + fresh[-1] >= most)
+        self.below = self.below + fresh
+        while self.below[-1] >= most:
+            self.below >>= 1
 
 
 class _Alphabet:
@@ -299,19 +375,21 @@ class _Alphabet:
     def __init__(self, prior: NDArray[np.float32], far: _Counts, last: int) -> None:
         self.prior, self.far, self.near = prior, far, _Counts()
         self.ends = prior.astype(int)[:last].tolist() + [WHOLE] * (LETTERS - last)
-        self.fresh, self.due = [0] * LETTERS, 1
+        self.fresh, self.room = [0] * LETTERS, 1
 
     def renew(self, most: int, last: int) -> None:
         for counts in (self.near, self.far):
             counts.add(np.cumsum(self.fresh), most)
-        near, far = self.near.below.astype(np.float32), self.far.below.astype(np.float32)
-        count, free = int(self.near.below[-1]), np.float32(WHOLE - LEAST * (last + 1))
-        lean, least = np.float32(FRESH + count // 2), np.arange(LEAST, LEAST * LETTERS + 1, LEAST, dtype=np.float32)
-        by_own, by_all = np.float32(1) / (lean + near[-1]), np.float32(1) / (np.float32(KNOWN) + far[-1])
-        parent = (np.float32(KNOWN) * self.prior + least * far[-1] + free * far) * by_all
-        ends = (lean * parent + least * near[-1] + free * near) * by_own
+        one, near, far = np.float32(1), self.near.below.astype(np.float32), self.far.below.astype(np.float32)
+        count = int(self.near.below[-1])
+        lean, free = np.float32(FRESH + count // 2), np.float32(WHOLE - LEAST * (last + 1))
+        by_own = one / (lean + near[-1])
+        parent = lean * by_own * (one / (np.float32(KNOWN) + far[-1]))
+        least = np.float32(LEAST) * (far[-1] * parent + near[-1] * by_own)
+        ends = np.float32(KNOWN) * parent * self.prior + free * parent * far + free * by_own * near
+        ends += least * np.arange(1, LETTERS + 1, dtype=np.float32)
         self.ends = ends.astype(int)[:last].tolist() + [WHOLE] * (LETTERS - last)
-        self.fresh, self.due = [0] * LETTERS, 1 if count < 6 else count // 3
+        self.fresh, self.room = [0] * LETTERS, 3 + int(np.diff(self.near.below, prepend=0).max()) // 3
 
 
 class _Walk:
@@ -348,89 +426,137 @@ class _Walk:
         return TAIL + (1 << bits | top << 14 | low) - 1
 
     def walk(self, values: list[int], matrix: Matrix, model: Model, low: int, high: int, signs: int) -> None:
+        chosen = model.chosen()
         self.most = max(high, -low)
         if model.trellis:
             self.most = (self.most + 1) // 2
-        self.sizes(values, matrix, model.chosen())
-        if low < 0:
-            self.signs(values, matrix, signs)
+        last, most = max(letter_of(self.most), 1), 2 << chosen.slow  # no share may be the whole
+        levels = []
+        for prior in PRIOR[: LEVELS * (1 + chosen.trellis)]:
+            far = _Counts()
+            levels.append([_Alphabet(prior, far, last) for _ in range(LEFTS)])
+        mean, start = np.full(matrix.columns + 1, UNIT, np.float32), np.full(matrix.places, UNIT, np.float32)
+        for first in range(0, matrix.rows, matrix.lanes):
+            active = min(matrix.lanes, matrix.rows - first)
+            row = np.repeat(start[:, None], active, 1)
+            self.sizes(values, matrix, chosen, first, (levels, last, most), mean, row)
+            for lane in range(active):
+                start = (np.float32(3) * start + row[:, lane]) * np.float32(0.25)
+            here = range(first * matrix.width, (first + active) * matrix.width)
+            if signs:
+                self.signs(values, matrix, here, signs)
+            elif low < 0:
+                self.plain_signs(values, here, matrix.lanes)
         if min(values) < low or max(values) > high:
             raise FormatError("a context-coded stream is damaged")
 
-    def sizes(self, values: list[int], matrix: Matrix, chosen: Model) -> None:
-        rows, columns, lanes, places = matrix.rows, matrix.columns, matrix.lanes, matrix.places
-        blend, memory, least = chosen.blend, 65536 >> chosen.memory, 4096 >> chosen.settle
-        last, most = max(letter_of(self.most), 1), 2 << chosen.slow  # no share may be the whole
-        levels = []
-        for prior in (PRIOR.astype(np.float32) + np.float32(WHOLE))[: LEVELS * (1 + chosen.trellis)]:
-            far = _Counts()
-            levels.append([_Alphabet(prior, far, last) for _ in range(LEFTS)])
-        mean, start = [32768] * columns, [32768] * places
-        for first in range(0, rows, lanes):
-            active = range(min(lanes, rows - first))
-            settle = [max(4096 // (first + lane + 2), least) for lane in active]
-            row, older = [list(start) for _ in active], [list(start) for _ in active]
-            beside, state = [0 for _ in active], [0 for _ in active]
-            for t in range(columns + len(active) - 1):
-                now = [lane for lane in active if 0 <= t - lane < columns]
-                for together in [now] if len(now) == LANES else [[lane] for lane in now]:
-                    coded = []
-                    for lane in together:
-                        along = older[lane][(t - lane) % places]
-                        level = int(LEVEL[along * (16 - blend) + mean[t - lane] * blend >> 12])
-                        alphabet = levels[level + LEVELS * (state[lane] & 1)][min(beside[lane], LEFTS - 1)]
-                        at = (first + lane) * columns + t - lane
-                        size = abs(values[at]) + (state[lane] & 1) >> chosen.trellis
-                        coded.append((lane, at, size, alphabet, alphabet.ends))
-                    letters = []
-                    for lane, _, size, alphabet, ends in coded:
-                        letters.append(self.code(letter_of(size), ends, lane))
-                        alphabet.fresh[letters[-1]] += 1
-                    for (lane, at, size, alphabet, _), seen in zip(coded, letters, strict=True):
-                        size, goal = self.rest(seen, size, lane) if seen >= EXACT else seen, seen << 16
-                        if chosen.trellis:
-                            size = min(size, 1 << 29)
-                            odd = state[lane] & int(seen > 0)
-                            state[lane] = NEXT[state[lane]][size & 1]
-                            size, goal = 2 * size - odd, goal - (odd << 15)
-                        self.keep(values, at, size)
-                        alphabet.due -= 1
-                        if alphabet.due == 0:
-                            alphabet.renew(most, last)
-                        j = t - lane
-                        mean[j] += (goal - mean[j]) * settle[lane] >> 12
-                        beside[lane], means = seen, row[lane]
-                        older[lane][j % places] = means[j % places]
-                        means[j % places] += (goal - means[j % places]) * memory >> 16
-            for lane in active:
-                start = [(3 * begun + come) // 4 for begun, come in zip(start, row[lane], strict=True)]
+    def sizes(
+        self,
+        values: list[int],
+        matrix: Matrix,
+        chosen: Model,
+        first: int,
+        alphabets: tuple[list[list[_Alphabet]], int, int],
+        mean: NDArray[np.float32],
+        row: NDArray[np.float32],
+    ) -> None:
+        (levels, last, most), active = alphabets, row.shape[1]
+        blend, memory = np.float32(chosen.blend / 16), np.float32(2.0**-chosen.memory)
+        settle = np.maximum(np.float32(1) / np.float32(first + 1 + active), np.float32(2.0**-chosen.settle))
+        state = self.leapt([0] * active, int(matrix.column[0]), chosen)
+        beside, learned = [0] * active, (0, 0, np.zeros(active, np.float32))
+        level = _predicted(row[matrix.column[0] % matrix.places], mean[0], blend)
+        for t in range(matrix.columns):
+            at, ahead = int(matrix.column[t]), int(matrix.column[t + 1])
+            coded = []
+            for lane in range(active):
+                alphabet = levels[int(level[lane]) + LEVELS * (state[lane] & 1)][min(beside[lane], LEFTS - 1)]
+                here = (first + lane) * matrix.width + at
+                coded.append((here, abs(values[here]) + (state[lane] & 1) >> chosen.trellis, alphabet))
+            if t:
+                self.learn(mean, row, learned, settle, memory)
+            level = _predicted(row[ahead % matrix.places], mean[t + 1], blend)
+            goal = np.zeros(active, np.float32)
+            for lane, (_, size, alphabet) in enumerate(coded):
+                beside[lane] = self.code(letter_of(size), alphabet.ends, lane)
+                goal[lane] = UNIT * (2 * beside[lane] - (state[lane] & int(beside[lane] > 0))) + ZERO
+            for lane, (here, size, _) in enumerate(coded):
+                size = self.rest(beside[lane], size, lane) if beside[lane] >= EXACT else beside[lane]
+                if chosen.trellis:
+                    size = min(size, 1 << 29)
+                    odd = state[lane] & int(size > 0)
+                    state[lane] = NEXT[state[lane]][size & 1]
+                    size = 2 * size - odd
+                self.keep(values, here, size)
+            for lane, (_, _, alphabet) in enumerate(coded):
+                alphabet.fresh[beside[lane]] += 1
+                if alphabet.fresh[beside[lane]] == alphabet.room:
+                    alphabet.renew(most, last)
+            if ahead > at + 1:
+                state, beside = self.leapt(state, ahead - at - 1, chosen), [0] * active
+            learned = t, at % matrix.places, goal
+        self.learn(mean, row, learned, settle, memory)
+
+    def learn(
+        self,
+        mean: NDArray[np.float32],
+        row: NDArray[np.float32],
+        seen: tuple[int, int, NDArray[np.float32]],
+        settle: np.float32,
+        memory: np.float32,
+    ) -> None:
+        t, place, goal = seen
+        mean[t] += (goal.sum(dtype=np.float32) - np.float32(len(goal)) * mean[t]) * settle
+        row[place] += (goal - row[place]) * memory
+
+    def leapt(self, state: list[int], gap: int, chosen: Model) -> list[int]:
+        """The states of the trellis after that many zeros."""
+        for _ in range(gap % 4 if chosen.trellis else 0):
+            state = [NEXT[s][0] for s in state]
+        return state
 
     def keep(self, values: list[int], at: int, size: int) -> None:
         """Write down a decoded magnitude; the encoder knows it."""
 
-    def signs(self, values: list[int], matrix: Matrix, shares: int) -> None:
-        (high, wide), turn, told = matrix.kernel, 0, shares or EVEN
-        around = [0] * (matrix.kernels * (high + 1) * (wide + 1))
-        known = {neighbours: told >> 4 * k & 15 for k, neighbours in enumerate(NEIGHBOURS)}
+    def plain_signs(self, values: list[int], here: range, lanes: int) -> None:
+        """Where either sign is as likely: up to BITS of them in one step."""
+        turn = 0
+        for chunk in (here[k : k + CHUNK] for k in range(0, len(here), CHUNK)):
+            signed = [at for at in chunk if values[at]]
+            for some in (signed[k : k + BITS] for k in range(0, len(signed), BITS)):
+                minus = self.bits(sum((values[at] < 0) << j for j, at in enumerate(some)), len(some), turn)
+                for j, at in enumerate(some):
+                    self.keep(values, at, -abs(values[at]) if minus >> j & 1 else abs(values[at]))
+                turn = (turn + 1) % lanes
+
+    def signs(self, values: list[int], matrix: Matrix, here: range, shares: int) -> None:
+        """Signs with contexts: the same place of up to 256 kernels, then the next; a matrix of one kernel by rows."""
+        (high, wide), turn = matrix.kernel, 0
+        known = {neighbours: shares >> 4 * k & 15 for k, neighbours in enumerate(NEIGHBOURS)}
         known |= {(-left, -above): 16 - share for (left, above), share in known.items()} | {(0, 0): 8}
-        for at in _order(matrix, shares):
+        order = list(here)
+        if wide < matrix.width and len(here) // (high * wide) >= MANY:
+            kernels = np.array(here).reshape(-1, high * wide)
+            order = [int(at) for k in range(0, len(kernels), CHUNK) for at in kernels[k : k + CHUNK].T.reshape(-1)]
+        for at in order:
             if values[at] == 0:
                 continue
-            kernel, place = divmod(at, high * wide)
-            own = (kernel * (high + 1) + 1 + place // wide) * (wide + 1) + 1 + place % wide
-            split = known[around[own - 1], around[own - wide - 1]] * (WHOLE // 16)
-            around[own] = 2 * self.code(int(values[at] > 0), (split, WHOLE), turn) - 1
-            self.keep(values, at, abs(values[at]) * around[own])
+            left = values[at - 1] if at % wide else 0
+            above = values[at - wide] if at // wide % high else 0
+            split = known[_sign(left), _sign(above)] * (WHOLE // 16)
+            plus = self.code(int(values[at] > 0), (split, WHOLE), turn)
+            self.keep(values, at, abs(values[at]) if plus else -abs(values[at]))
             turn = (turn + 1) % matrix.lanes
 
 
-def _order(matrix: Matrix, shares: int) -> list[int]:
-    """The order in which signs are coded: the same place of up to 256 kernels, then the next."""
-    places, kernels = np.arange(matrix.rows * matrix.columns), matrix.kernels
-    if kernels < MANY or not shares:
-        return [int(at) for at in places]
-    blocks = np.split(places.reshape(kernels, -1), range(CHUNK, kernels, CHUNK))
-    return [int(at) for block in blocks for at in block.T.reshape(-1)]
+def _sign(value: int) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _predicted(row: NDArray[np.float32], column: np.float32, blend: np.float32) -> NDArray[np.int32]:
+    """The contexts of predicted magnitude for means of rows and of a column: half octaves."""
+    found: NDArray[np.float32] = row * (np.float32(1) - blend) + column * blend
+    return (found.view(np.int32) >> 22) - FIRST
 
 
 class _Encoder(_Walk):
@@ -508,7 +634,7 @@ class _Decoder(_Walk):
         values[at] = size
 
     def array(self, model: Model, low: int, high: int, signs: int) -> NDArray[np.int32]:
-        values = [0] * (self.matrix.rows * self.matrix.columns)
+        values = [0] * (self.matrix.rows * self.matrix.width)
         self.walk(values, self.matrix, model, low, high, signs)
         begun = (0,) if len(self.states) == 1 else (0, 1 << 32)
         if self.at < len(self.data) or any(state not in begun for state in self.states):
