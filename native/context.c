@@ -106,7 +106,7 @@ INLINE void list(stream *c, uint64_t start, uint64_t share, int64_t lane) {
 /* The state after a step, with a word more when it has run low. Without words it runs down to what it began with. */
 INLINE uint64_t moved(stream *c, uint64_t state, uint64_t share, uint64_t inside) {
     state = share * (state >> BITS) + inside;
-    if (__builtin_expect(state >> 32 == 0, 0) && c->in != c->end) {
+    if (__builtin_expect(state >> 32 == 0 && c->in != c->end, 0)) {
         state = state << 32 | (uint32_t)c->in[0] | (uint32_t)c->in[1] << 8 | (uint32_t)c->in[2] << 16 |
                 (uint32_t)c->in[3] << 24;
         c->in += 4;
@@ -142,10 +142,12 @@ static __attribute__((noinline)) uint32_t code_rest(stream *c, const estimates *
 
 /* The letter that `slot`, less WHOLE, falls in. */
 INLINE int64_t find(const int16_t *end, int32_t slot) {
-#if defined(__SSE2__)
+#if defined(__SSE2__) && defined(__x86_64__)
     __m128i x = _mm_set1_epi16((int16_t)slot), low = _mm_load_si128((const __m128i *)end);
     __m128i over = _mm_packs_epi16(_mm_cmpgt_epi16(low, x), _mm_cmpgt_epi16(_mm_load_si128((const __m128i *)end + 1), x));
-    return (uint32_t)__builtin_ctz((uint32_t)_mm_movemask_epi8(over));
+    int64_t letter;
+    __asm__("rep bsfl %1, %k0" : "=r"(letter) : "r"(_mm_movemask_epi8(over)) : "cc"); /* the first bit, without extending it */
+    return letter;
 #else
     int64_t letter = 0;
     for (int32_t k = 0; k < LETTERS; k++) letter += end[k] <= slot;
@@ -270,7 +272,8 @@ static void begin(estimates *s, const terse_model *m) {
 INLINE void learn(estimates *s, lanes *v, int64_t t, int64_t place, integers pair, const int64_t active) {
     floats goal = __builtin_convertvector(pair & 0xffff, floats);
     float sum = 0, mean = v->mean[t];
-    for (int64_t l = 0; l < active; l++) sum += goal[l]; /* exact */
+    if (active == LANES) sum = (goal[0] + goal[1]) + (goal[2] + goal[3]); /* exact */
+    else for (int64_t l = 0; l < active; l++) sum += goal[l];
     v->mean[t] = mean + (sum - (float)active * mean) * v->settle;
     s->row[place] += (goal - s->row[place]) * v->memory;
 }
@@ -304,21 +307,21 @@ static void leap(const estimates *s, const meaning **seen, int64_t gap) {
 /* Codes `active` rows at once. What is known before the letters are, what to learn from the column before and what to expect
  * in the next one, stands between finding the letters and what waits for them, so that the processor has something to do. */
 INLINE void code_rows(stream *given, estimates *s, lanes *rows, int64_t columns, int64_t places, const int64_t active,
-                      const int32_t trellis, const int32_t decode) {
+                      const int32_t trellis, const int32_t skip, const int32_t decode) {
     stream c = *given; /* copies whose addresses are not taken */
     lanes v = *rows;
     int64_t letter[LANES];
     alphabet *a[LANES];
     uint32_t size[LANES], level[LANES];
     integers pair = {ZERO, ZERO, ZERO, ZERO};
-    int64_t gap = v.column[0], place = gap % places, last = 0;
+    int64_t gap = skip ? v.column[0] : 0, place = gap % places, last = 0;
     const meaning *first = &s->of[0][0];
     if (gap) leap(s, &first, gap);
 #pragma GCC unroll 4
     for (int64_t l = 0; l < active; l++) v.seen[l] = first;
     predict(s, &v, 0, place, level);
     for (int64_t t = 0; t < columns; t++) {
-        const int64_t at = v.column[t];
+        const int64_t at = skip ? v.column[t] : t;
 #pragma GCC unroll 4
         for (int64_t l = 0; l < active; l++) {
             a[l] = (alphabet *)((char *)s->at + ((int64_t)level[l] + v.seen[l]->offset - FIRST * (int64_t)sizeof s->at[0]));
@@ -335,7 +338,7 @@ INLINE void code_rows(stream *given, estimates *s, lanes *rows, int64_t columns,
         }
         if (t) learn(s, &v, t - 1, last, pair, active);
         last = place;
-        gap = v.column[t + 1] - at - 1;
+        gap = skip ? v.column[t + 1] - at - 1 : 0;
         place = __builtin_expect(gap, 0) ? v.column[t + 1] % places : place + 1 == places ? 0 : place + 1;
         predict(s, &v, t + 1, place, level);
         int64_t large = 0;
@@ -372,7 +375,7 @@ INLINE void code_rows(stream *given, estimates *s, lanes *rows, int64_t columns,
         }
 #pragma GCC unroll 4
         for (int64_t l = 0; l < active; l++)
-            if (__builtin_expect(__builtin_add_overflow(a[l]->fresh[letter[l]], (uint16_t)1, &a[l]->fresh[letter[l]]), 0))
+            if (__builtin_expect(++a[l]->fresh[letter[l]] == 0, 0))
                 renew(s, a[l]);
         if (__builtin_expect(gap, 0))
             for (int64_t l = 0; l < active; l++) leap(s, &v.seen[l], gap);
@@ -510,8 +513,9 @@ INLINE int64_t code_matrix(stream *given, estimates *s, const terse_model *m, in
         int32_t *group = decode ? values : values + i * m->width;
         for (int64_t l = 0; l < active; l++) v.line[l] = group + l * m->width;
         for (int32_t k = 0; k < m->places; k++) s->row[k] = (floats){start[k], start[k], start[k], start[k]};
-        if (active == LANES) code_rows(given, s, &v, m->columns, m->places, LANES, trellis, decode);
-        else code_rows(given, s, &v, m->columns, m->places, active, trellis, decode);
+        if (active == LANES && m->columns == m->width) code_rows(given, s, &v, m->columns, m->places, LANES, trellis, 0, decode);
+        else if (active == LANES) code_rows(given, s, &v, m->columns, m->places, LANES, trellis, 1, decode);
+        else code_rows(given, s, &v, m->columns, m->places, active, trellis, 1, decode);
         for (int64_t l = 0; l < active; l++) {
             for (int32_t k = 0; k < m->places; k++) start[k] = (3 * start[k] + s->row[k][l]) * 0.25f;
         }

@@ -383,12 +383,7 @@ def tree_lines(name: str, tree: Tree, size_of: Callable[[str, Array], int]) -> l
 
 def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
     skipped = len(against) - len(shape)
-    if skipped < 0:
-        return False
-    for at, n in enumerate(shape, skipped):
-        if n != 1 and n != against[at]:
-            return False
-    return True
+    return skipped >= 0 and all(n in (1, m) for n, m in zip(shape, against[skipped:], strict=True))
 
 
 def _is_numpy(array: Array) -> bool:
