@@ -344,7 +344,7 @@ class _Parser:
 
 
 THREADS = 1 if sys.platform == "emscripten" else min(4, os.cpu_count() or 1)  # a browser's Python has none to start
-WORTH_A_THREAD = 1 << 13  # bytes of streams
+WORTH_A_THREAD = 1 << 14  # integers beside the largest array
 
 
 def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Tensor]:
@@ -386,11 +386,12 @@ def _arrays(coded: list[tuple[str, Promise, bytes]]) -> dict[int, Array]:
     """Every promised array by the promise's id, decoded on as many threads as are worth it: the C core frees Python."""
     piles: list[list[tuple[str, Promise, bytes]]] = [[] for _ in range(THREADS)]
     sizes = [0] * THREADS
-    few = sum([len(stream) for _, _, stream in coded]) < THREADS * WORTH_A_THREAD
-    for job in sorted(coded, key=lambda job: -len(job[2])):
+    order = sorted(coded, key=lambda job: -job[1].size)
+    few = sum([promise.size for _, promise, _ in order[1:]]) < WORTH_A_THREAD
+    for job in order:
         at = 0 if few else sizes.index(min(sizes))
         piles[at].append(job)
-        sizes[at] += len(job[2])
+        sizes[at] += job[1].size
     found: dict[int, Array] = {}
     wrong: list[Exception] = []
 
