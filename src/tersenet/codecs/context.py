@@ -102,8 +102,10 @@ MODELS = math.prod(map(len, CHOICES.values()))
 
 
 class Matrix(NamedTuple):
-    """How an array is walked: the size of the matrix, its columns that are coded and an end to them, the last two axes,
-    how many places of a kernel have means of their own."""
+    """How an array is walked: as a matrix of that size, by its last two axes and the places that have their own means.
+
+    `column` are the columns that are coded, and `width` behind them.
+    """
 
     rows: int
     width: int
@@ -242,6 +244,7 @@ def encode_array(values: NDArray[np.int32], model: Model, low: int, high: int) -
     head, live, signs = b"", None, 0
     if model.skip:
         used = np.any(values.reshape(walked(values.shape)[:2]), 0).astype(np.int32)
+        used[0] |= not used.any()  # at least one is coded
         live, names = np.flatnonzero(used), encode_array(used, NAMES, 0, 1)
         head = put_number(len(names)) + names
     matrix = model.matrix(values.shape, live)

@@ -59,25 +59,27 @@ class Reader:
         return self.data[self.at - count : self.at]
 
     def byte(self) -> int:
-        if self.at >= len(self.data):
-            raise FormatError("the data ends early")
+        try:
+            value = self.data[self.at]
+        except IndexError:
+            raise FormatError("the data ends early") from None
         self.at += 1
-        return self.data[self.at - 1]
+        return value
 
     def number(self, limit: int = 1 << 63) -> int:
         """A LEB128 integer below `limit`, in its shortest form."""
-        if self.at < len(self.data) and (value := self.data[self.at]) < min(128, limit):
-            self.at += 1  # nearly all
-            return value
+        byte = self.byte()
+        if byte < 128 and byte < limit:  # nearly all
+            return byte
         value = shift = 0
         while True:
-            byte = self.byte()
             value |= (byte & 127) << shift
             if byte < 128:
                 break
             shift += 7
             if shift > 63:
                 raise FormatError("an integer is too long")
+            byte = self.byte()
         if value >= limit or (byte == 0 and shift):
             raise FormatError("an integer is out of range")
         return value
@@ -85,8 +87,8 @@ class Reader:
     def numbers(self, count: int) -> tuple[int, ...]:
         """That many of them."""
         part = self.data[self.at : self.at + count]
-        if len(part) == count and max(part, default=0) < 128:
-            self.at += count  # nearly all
+        if len(part) == count and part.isascii():  # nearly all: none takes two bytes
+            self.at += count
             return tuple(part)
         return tuple([self.number() for _ in range(count)])
 
