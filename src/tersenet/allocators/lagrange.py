@@ -85,9 +85,9 @@ def from_below(size_at: Callable[[float], int], most: int, start: float, used: f
         if over and under and not max(over) < at < min(under):
             at = (max(over) + min(under)) / 2
         elif not under:  # sizes jump: go on past what was seen, ever further
-            at = max(at, max(over) + 0.02 * len(over))
+            at = max(at, max(over) + min(2.0, 0.01 * 2 ** len(over)))
         elif not over:
-            at = min(at, min(under) - 0.02 * len(under))
+            at = min(at, min(under) - min(2.0, 0.01 * 2 ** len(under)))
     if not under:
         raise ValueError(f"the budget of {most:,} bytes cannot be met: {min(seen.values()):,} is the least")
     return math.exp(min(under))
