@@ -56,22 +56,20 @@ def task_of(name: str) -> tn.Task:
 
 
 def timed(files):
-    """Seconds to decode each file, by the clock and of CPU time: the medians of 25 rounds over all of them.
+    """Seconds to decode each file, by the clock and of CPU time: medians of 25 rounds over all of them.
 
-    Rounds lie apart, since a shared machine is slow for seconds at a time.
+    Each time after a run that does not count. A shared machine is slow for seconds at a time, hence the rounds.
     """
     clock, spent = ([[] for _ in files] for _ in range(2))
     for _ in range(25):
-        time.sleep(0.2)
         for k, data in enumerate(files):
+            load(data).unpack()
             begun = time.perf_counter(), time.process_time()
             load(data).unpack()
             clock[k].append(time.perf_counter() - begun[0])
             spent[k].append(time.process_time() - begun[1])
-    return [
-        {"decode_seconds": round(statistics.median(c), 5), "decode_cpu_seconds": round(statistics.median(s), 5)}
-        for c, s in zip(clock, spent, strict=True)
-    ]
+    medians = zip(map(statistics.median, clock), map(statistics.median, spent), strict=True)
+    return [{"decode_seconds": round(c, 5), "decode_cpu_seconds": round(s, 5)} for c, s in medians]
 
 
 class Bench:
