@@ -297,7 +297,7 @@ def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
 
     flat = values.reshape(walked(values.shape)[:2])
     zeros = len(flat) * int((~flat.any(0)).sum())
-    skip = zeros >= max(WORTH_LEAVING, flat.size // 8) and zeros < flat.size
+    skip = zeros >= max(WORTH_LEAVING, flat.size // 16) and zeros < flat.size
     best = Model(trellis=int(follows(flat)), skip=int(skip))
     for name in ("places", "signs", "blend", "memory", "settle", "slow"):
         best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=size)
