@@ -12,7 +12,6 @@ import importlib.abc
 import importlib.machinery
 import io
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from table import in_rounds
 
 
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -58,25 +58,10 @@ def main(source: str, folder: str, *steps: str) -> None:
                 decoded = nn.decode(stream, settings)
             np.savez(out / f"qp{step}.npz", **{name: np.asarray(array) for name, array in decoded.items()})
             streams.append((stream, settings))
-        for row, told in zip(rows, timed(nn, streams), strict=True):
-            print(json.dumps(row | told), flush=True)
-
-
-def timed(nn, streams):
-    """As in ptq.py: the medians of 25 rounds, by the clock and of CPU time."""
-    clock, spent = ([[] for _ in streams] for _ in range(2))
-    for _ in range(25):
-        for k, given in enumerate(streams):
-            with contextlib.redirect_stdout(io.StringIO()):
-                nn.decode(*given)
-                begun = time.perf_counter(), time.process_time()
-                nn.decode(*given)
-                clock[k].append(time.perf_counter() - begun[0])
-                spent[k].append(time.process_time() - begun[1])
-    return [
-        {"decode_clock": statistics.median(c), "decode": statistics.median(s)}
-        for c, s in zip(clock, spent, strict=True)
-    ]
+        with contextlib.redirect_stdout(io.StringIO()):
+            told = in_rounds([lambda given=given: nn.decode(*given) for given in streams])
+        for row, (clock, spent) in zip(rows, told, strict=True):
+            print(json.dumps(row | {"decode_clock": clock, "decode": spent}), flush=True)
 
 
 if __name__ == "__main__":

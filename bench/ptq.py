@@ -8,7 +8,6 @@ environment stands in nnc_peer.py; without NNC_PYTHON its rows are kept from the
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import zstandard
-from table import ROOT, real_data, write
+from table import ROOT, in_rounds, real_data, write
 
 import tersenet as tn
 from tersenet.artifact import load
@@ -55,23 +54,6 @@ def task_of(name: str) -> tn.Task:
     return tn.Task(model, (x[:200], said[:200]), (x[200:], said[200:]), valid=(x[:200], said[:200]))
 
 
-def timed(files):
-    """Seconds to decode each file, by the clock and of CPU time: medians of 25 rounds over all of them.
-
-    Each time after a run that does not count. A shared machine is slow for seconds at a time, hence the rounds.
-    """
-    clock, spent = ([[] for _ in files] for _ in range(2))
-    for _ in range(25):
-        for k, data in enumerate(files):
-            load(data).unpack()
-            begun = time.perf_counter(), time.process_time()
-            load(data).unpack()
-            clock[k].append(time.perf_counter() - begun[0])
-            spent[k].append(time.process_time() - begun[1])
-    medians = zip(map(statistics.median, clock), map(statistics.median, spent), strict=True)
-    return [{"decode_seconds": round(c, 5), "decode_cpu_seconds": round(s, 5)} for c, s in medians]
-
-
 class Bench:
     def __init__(self, name: str) -> None:
         self.name, self.task = name, task_of(name)
@@ -101,8 +83,9 @@ class Bench:
             seconds = gathering + time.monotonic() - began
             files.append(data)
             self.row("tersenet", len(data), load(data).unpack(), asked=size, seconds=round(seconds, 1))
-        for row, told in zip(self.rows, timed(files), strict=True):
-            row |= told
+        told = in_rounds([lambda data=data: load(data).unpack() for data in files])
+        for row, (clock, spent) in zip(self.rows, told, strict=True):
+            row |= {"decode_seconds": round(clock, 5), "decode_cpu_seconds": round(spent, 5)}
 
     def nnc(self, python: str) -> None:
         for method, state, back in (("NNC", self.floats, dict), ("NNC, BatchNorm folded", *self.folded_norms())):
@@ -216,9 +199,10 @@ def ratios(rows) -> dict[str, float]:
 def speeds(rows) -> dict[str, float]:
     """Per network: how many times as fast as the ISO codec's decoder we are, at its point where that is least.
 
-    By the clock, against the smallest file of ours that is at least as accurate.
+    By the clock, against the smallest file of ours that is at least as accurate. Rows that have CPU time alone, as runs
+    of old have, do not count.
     """
-    found = {}
+    found, rows = {}, [r for r in rows if "decode_cpu_seconds" in r]
     for network in dict.fromkeys(r["network"] for r in rows):
         ours = sorted(of(rows, network, "tersenet"), key=lambda r: r["bytes"])
         ratios = []

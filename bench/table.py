@@ -3,8 +3,11 @@
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,23 @@ def real_data() -> tuple[Any, Any]:
     import models
 
     return datasets, models
+
+
+def in_rounds(actions: Sequence[Callable[[], object]], rounds: int = 25) -> list[tuple[float, float]]:
+    """Seconds that each action takes, by the clock and of CPU time: medians of rounds over all of them.
+
+    Each time after a run that does not count. A shared machine is slow for seconds at a time, hence the rounds.
+    """
+    clock: list[list[float]] = [[] for _ in actions]
+    spent: list[list[float]] = [[] for _ in actions]
+    for _ in range(rounds):
+        for k, action in enumerate(actions):
+            action()
+            begun = time.perf_counter(), time.process_time()
+            action()
+            clock[k].append(time.perf_counter() - begun[0])
+            spent[k].append(time.process_time() - begun[1])
+    return list(zip(map(statistics.median, clock), map(statistics.median, spent), strict=True))
 
 
 def write(name: str, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> None:

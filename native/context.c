@@ -489,7 +489,7 @@ static int32_t write_down(const target *to, const terse_model *m, const int32_t 
         for (int64_t k = 0; k < n; k++) out[k] = (int16_t)((values[k] ^ sign) - sign + origin);
     } else if (to->bytes == 4) {
         int32_t *restrict out = (int32_t *)to->out + first;
-        for (int64_t k = 0; k < n; k++) out[k] = (values[k] ^ sign) - sign + origin;
+        for (int64_t k = 0; k < n; k++) out[k] = (int32_t)((uint32_t)((values[k] ^ sign) - sign) + (uint32_t)origin);
     } else {
         int64_t *restrict out = (int64_t *)to->out + first;
         for (int64_t k = 0; k < n; k++) out[k] = (int64_t)((values[k] ^ sign) - sign) + origin;

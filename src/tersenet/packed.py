@@ -383,7 +383,7 @@ def tree_lines(name: str, tree: Tree, size_of: Callable[[str, Array], int]) -> l
 
 def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
     skipped = len(against) - len(shape)
-    return skipped >= 0 and all(n in (1, m) for n, m in zip(shape, against[skipped:], strict=True))
+    return skipped >= 0 and all(a in (1, b) for a, b in zip(shape, against[skipped:], strict=True))
 
 
 def _is_numpy(array: Array) -> bool:

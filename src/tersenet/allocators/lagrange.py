@@ -84,10 +84,11 @@ def from_below(size_at: Callable[[float], int], most: int, start: float, used: f
         at = near[0] + max(-2.0, min(2.0, (aim - seen[near[0]]) / slope))
         if over and under and not max(over) < at < min(under):
             at = (max(over) + min(under)) / 2
-        elif not under:  # sizes jump: go on past what was seen, ever further
-            at = max(at, max(over) + min(2.0, 0.01 * 2 ** len(over)))
+        further = min(2.0, 0.01 * 2 ** len(seen))  # where sizes jump: past what was seen, by ever more
+        if not under:
+            at = max(at, max(over) + further)
         elif not over:
-            at = min(at, min(under) - min(2.0, 0.01 * 2 ** len(under)))
+            at = min(at, min(under) - further)
     if not under:
         raise ValueError(f"the budget of {most:,} bytes cannot be met: {min(seen.values()):,} is the least")
     return math.exp(min(under))

@@ -124,15 +124,6 @@ class Matrix(NamedTuple):
         few = self.rows < LANES or self.columns < LANES or self.rows * self.columns < SMALL
         return 1 if few else LANES
 
-    @property
-    def cells(self) -> int:
-        """Places for the kernels of the rows coded together, or of a part of them, and a row and a column more each."""
-        high, wide = self.kernel
-        if wide == self.width:
-            return (LANES + 1) * (wide + 1)
-        kernels = LANES * self.width // (high * wide)
-        return (high + 1) * (wide + 1) * (min(kernels, CHUNK) if kernels >= MANY else 1)
-
 
 class Model(NamedTuple):
     """How one array is coded, as indices into `CHOICES`.
@@ -199,12 +190,21 @@ def walked(shape: Sequence[int]) -> tuple[int, int, tuple[int, int], int]:
     return axes[0], math.prod(axes[1:]), (axes[-2], axes[-1]), places if places <= PLACES else 1
 
 
+def _cells(width: int, kernel: tuple[int, int]) -> int:
+    """Places for the kernels of the rows coded together, or of a part of them, and a row and a column more each."""
+    high, wide = kernel
+    if wide == width:
+        return (LANES + 1) * (wide + 1)
+    kernels = LANES * width // (high * wide)
+    return (high + 1) * (wide + 1) * (min(kernels, CHUNK) if kernels >= MANY else 1)
+
+
 @functools.lru_cache(64)
 def _native_matrix(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[_Matrix, int]:
     """What the C core wants to know of an array, and how many bytes it needs for decoding it."""
     rows, width, kernel, places = walked(shape)
-    held, cells = min(max(rows, 2), LANES), Model().matrix(shape).cells
-    return _Matrix(rows, width, *kernel, *_range(dtype), places), 4 * (held * width + 2 * (width + 1)) + cells
+    room = 4 * (min(max(rows, 2), LANES) * width + 2 * (width + 1)) + _cells(width, kernel)
+    return _Matrix(rows, width, *kernel, *_range(dtype), places), room
 
 
 def _range(dtype: np.dtype[Any]) -> tuple[int, int]:
@@ -256,7 +256,10 @@ def encode_array(values: NDArray[np.int32], model: Model, low: int, high: int) -
     sizes = np.abs(values)
     steps = values.size + int((sizes > 0).sum()) + int((sizes >= EXACT).sum()) + 2 * int((sizes >= TAIL).sum())
     listed, out = np.empty(steps, np.uint64), np.empty(2 * steps + 8 * (LANES + 1), np.uint8)
-    mean, around = np.empty(matrix.columns + 1, np.float32), np.empty(matrix.cells, np.uint8) if signs else None
+    mean, around = (
+        np.empty(matrix.columns + 1, np.float32),
+        np.empty(_cells(matrix.width, matrix.kernel), np.uint8) if signs else None,
+    )
     given = (listed, listed.size, out, out.size, mean, around)
     done = native.call("context_encode", values, ctypes.byref(model.native(matrix, low, high, signs)), *given)
     if done is None or done < 0:
