@@ -124,7 +124,7 @@ def measure(name):
         print(made, flush=True)
         return made
 
-    for label, prepared, rate, coding in variants(gathered, lambda known: weighed(known, task, search.c)):
+    for label, prepared, rate, coding in variants(gathered, lambda known: weighed(known, search.c)):
         search.coding = coding
         yield row(label, *search.met(prepared, rate))
 

@@ -197,12 +197,12 @@ def resnet_file(size: int = 51_700):
         return {**row, "seconds": round(time.monotonic() - began, 1)}
 
     began = time.monotonic()
-    rows = [row(f"{quantized}, without retraining", to_size(gather(dense, few), size, few), began)]
+    rows = [row(f"{quantized}, without retraining", to_size(gather(dense, few), size), began)]
     yield rows
     began = time.monotonic()
     draft = run(dense, task, (Prune(0.25, 2, 4, final=54),), cache_folder(), lambda row: print(row, flush=True))
     rows.append(row("learning-rate rewinding, 58 epochs", draft, began))
-    draft = to_size(gather(draft, few), size, few)
+    draft = to_size(gather(draft, few), size)
     rows.append(row(f"learning-rate rewinding, then {quantized}", draft, began))
     draft = TrainLevels(4, 2e-3)(draft, task)
     rows.append(row(f"learning-rate rewinding, then {quantized}, levels trained for 4 epochs", draft, began))

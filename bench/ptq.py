@@ -79,7 +79,7 @@ class Bench:
         files = []
         for size in SIZES[self.name]:
             began = time.monotonic()
-            data = artifact_of(to_size(gathered, size, self.task)).to_bytes()
+            data = artifact_of(to_size(gathered, size)).to_bytes()
             seconds = gathering + time.monotonic() - began
             files.append(data)
             self.row("tersenet", len(data), load(data).unpack(), asked=size, seconds=round(seconds, 1))

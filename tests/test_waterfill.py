@@ -119,7 +119,7 @@ def test_recurrent_and_attention_weights_have_moments_and_are_quantized_by_them(
         assert float(scale) == pytest.approx(1) and torch.linalg.eigvalsh(known.inputs).min() > -1e-9
         assert known.outputs.shape == (len(task.model.get_parameter(name)),) * 2
     assert all(layer.metric.inputs is not None for layer in prepare(gathered).layers)
-    draft = to_size(gathered, 4_000, task)
+    draft = to_size(gathered, 4_000)
     assert artifact_of(draft).nbytes <= 4_000
 
 
@@ -290,10 +290,10 @@ def test_a_drop_is_met_on_the_data_for_choosing(task):
 
 def test_weighing_makes_up_for_moments_that_overrate_a_layer(gathered, task):
     """What a layer's errors cost is seen at the outputs, so it does not matter what moments say of all of it."""
-    right = weighed(gathered, task, 0.002).worth
+    right = weighed(gathered, 0.002).worth
     assert set(right) == {layer.name for layer in prepare(gathered).layers}
     overrated = tuple(replace(half, outputs=8 * half.outputs) for half in gathered.found["last.weight"])
-    wrong = weighed(replace(gathered, found={**gathered.found, "last.weight": overrated}), task, 0.002).worth
+    wrong = weighed(replace(gathered, found={**gathered.found, "last.weight": overrated}), 0.002).worth
     ratios = {name: right[name] / wrong[name] for name in right}
     assert 4 < ratios["last.weight"] / ratios["conv.weight"] < 16
 
@@ -324,7 +324,7 @@ def test_the_same_network_makes_the_same_file_at_any_number_of_threads(task, mon
         torch.set_num_threads(threads)
         monkeypatch.setattr("os.cpu_count", lambda threads=threads: threads)
         own = replace(task, model=copy.deepcopy(task.model))
-        draft = to_size(gather(Draft.of_model(own.model), own, 200), 8_000, own)
+        draft = to_size(gather(Draft.of_model(own.model), own, 200), 8_000)
         found.add(artifact_of(draft).to_bytes())
     assert len(found) == 1
 

@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -254,6 +255,7 @@ NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)
 KINDS, CODED = tuple(NODES.values()), tuple(codecs.CODECS)
 POOLED = 127  # in place of a codec
 HELD = tuple(np.dtype(held) for held, _ in FORMATS)
+COSTS = tuple(max(4, held.itemsize) for held in HELD)  # bytes that a value takes while it is decoded
 MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of parts that do not belong together raises
 
 
@@ -263,11 +265,10 @@ class _Parser:
     def __init__(self, plain: bytes, offset: int) -> None:
         self.reader, self.offset, self.needed = Reader(plain), offset, 0
         self.promises: list[Promise] = []  # of the tensor that is read
-        self.pooled: dict[int, int] = {}  # how many values the pool of each format holds
+        self.pooled: Counter[int] = Counter()  # how many values the pool of each format holds
 
     def tensor(self, name: str, code: int) -> Tensor:
-        note = self.reader.byte()
-        (error,) = struct.unpack("<e", self.reader.take(2))
+        note, error = struct.unpack("<Be", self.reader.take(3))
         if code >= len(DTYPES) or note >= len(NOTES):
             raise FormatError(f"{name}: unknown type or note")
         self.promises = []
@@ -290,7 +291,7 @@ class _Parser:
         if tag == ARRAY:
             return self.array()
         if tag >= NODE:
-            if tag - NODE >= len(NODES):
+            if tag - NODE >= len(KINDS):
                 raise FormatError("a tree has a node that this version does not know")
             if nodes == DEEPEST:
                 raise FormatError(f"a tree is at most {DEEPEST} nodes deep")
@@ -311,24 +312,23 @@ class _Parser:
 
     def array(self) -> Promise:
         reader = self.reader
-        form, rank = reader.byte(), reader.byte()
+        form, rank = reader.take(2)
         if form >= len(FORMATS) or rank > RANK_CAP:
             raise FormatError("an array has an unknown type or too many axes")
         numbers = reader.numbers(rank + 1)
         shape, codec = numbers[:rank], numbers[rank]
-        size, length = math.prod(shape), 0
+        size = math.prod(shape)
         if size >= 1 << 60 or (not size and math.prod([n or 1 for n in shape]) >= 1 << 60):
             raise FormatError("an array has too many values")
+        self.needed += size * COSTS[form]
         if codec == POOLED:
-            offset = self.pooled.get(form, 0)
-            self.pooled[form] = offset + size
+            promise = Promise(shape, form, codec, 0, self.pooled[form])
+            self.pooled[form] += size
         else:
             if codec >= len(CODED):
                 raise FormatError("an array has an unknown codec")
-            length, offset = reader.number(), self.offset
-            self.offset += length
-        self.needed += size * max(4, HELD[form].itemsize)
-        promise = Promise(shape, form, codec, length, offset)
+            promise = Promise(shape, form, codec, reader.number(), self.offset)
+            self.offset += promise.length
         self.promises.append(promise)
         return promise
 

@@ -79,10 +79,11 @@ class Uniform(Packed):
         if self.zero is not None:
             dense = dense + xp.asarray(self.zero, dtype=xp.float32)
         for exponents in self.steps:
-            if tuple(exponents.shape[:1]) == tuple(dense.shape[:1]):
-                rows = rows * half_powers(exponents)
+            powers = half_powers(exponents)
+            if exponents.shape[:1] == dense.shape[:1]:
+                rows = rows * powers
             else:
-                columns = half_powers(exponents) * (1 if columns is None else columns)
+                columns = powers if columns is None else columns * powers
         for factor in (rows, columns):  # in place for NumPy: memory that is fresh costs more than the product
             if factor is not None:
                 dense = xp.multiply(dense, factor, out=dense if xp is np else None)
@@ -383,7 +384,7 @@ def tree_lines(name: str, tree: Tree, size_of: Callable[[str, Array], int]) -> l
 
 def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
     skipped = len(against) - len(shape)
-    return skipped >= 0 and all(a in (1, b) for a, b in zip(shape, against[skipped:], strict=True))
+    return not shape or (skipped >= 0 and all(a in (1, b) for a, b in zip(shape, against[skipped:], strict=True)))
 
 
 def _is_numpy(array: Array) -> bool:

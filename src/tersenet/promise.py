@@ -90,7 +90,7 @@ def quantized(draft: Draft, task: Task | None, budget: Budget, most: int | None,
     usable = task if task is not None and task.train is not None else None
     gathered = gather(draft, usable)
     if most is not None:
-        return to_size(gathered, most, usable, coding)
+        return to_size(gathered, most, coding)
     if usable is None or budget.drop is None:
         raise ValueError("a drop is measured on data: give Task(train=...), or a size or ratio")
     return to_drop(gathered, budget.drop, usable, coding)

@@ -1,9 +1,10 @@
 """Output-aware quantization to a budget: the global step, the damping of rows and the price of bits that keep it best.
 
 Files made with each of two dampings and two prices are compared, and what stays closest to the float network's outputs
-wins. Closeness is the squared difference of the outputs: on inputs that the network was trained on it says how a file
-does on others (correlation 0.98 with the divergence on ResNet-20's test images), where the divergence itself, which
-hardly sees inputs that the network is sure of, does not (0.6).
+wins, on inputs that the moments have not seen: on the others feedback hides part of its errors (half of them on
+MobileNetV2 with 200 images). Closeness is the squared difference of the outputs: on inputs that the network was trained
+on it says how a file does on others (correlation 0.98 with the divergence on ResNet-20's test images), where the
+divergence itself, which hardly sees inputs that the network is sure of, does not (0.6).
 """
 
 import math
@@ -44,18 +45,18 @@ class Search:
         return drafts[self.c]
 
 
-def to_size(gathered: Gathered, most: int, task: Task | None, coding: Coding | None = None) -> Draft:
+def to_size(gathered: Gathered, most: int, coding: Coding | None = None) -> Draft:
     """The draft whose file takes at most `most` bytes and nearly all of them.
 
-    With a task, files are made with each of `DAMPINGS` and `RATES`, and the one whose outputs on training inputs stay
-    closest to the unquantized network's is taken.
+    With moments, files are made with each of `DAMPINGS` and `RATES`, and the one whose outputs on the inputs that were
+    held back stay closest to the unquantized network's is taken.
     """
-    search = Search(gathered, most, coding or QUICK, 0.003 if task else 0.1)
-    if task is None:
+    x = gathered.held
+    search = Search(gathered, most, coding or QUICK, 0.1 if x is None else 0.003)
+    if x is None:
         return search.met(prepare(gathered), 0.0)[0]
     search.met(prepare(gathered), RATES[0])
-    gathered = weighed(gathered, task, search.c)
-    x = task.calibration(1024)
+    gathered = weighed(gathered, search.c)
     wanted = outputs(gathered.draft, x)
     found: list[tuple[float, Draft]] = []
     ways = [(prepare(gathered, damping), rate) for damping in DAMPINGS for rate in RATES]
@@ -71,7 +72,7 @@ def to_drop(gathered: Gathered, points: float, task: Task, coding: Coding | None
     begun = _coarsest(prepare(gathered), floor, task)
     if begun is None:
         raise ValueError(f"a drop of {points} points cannot be met: the finest step that was tried loses more")
-    gathered = weighed(gathered, task, begun[1])
+    gathered = weighed(gathered, begun[1])
     tried = progress(DAMPINGS, "quantizing", len(DAMPINGS))
     found = [begun, *(_coarsest(prepare(gathered, damping), floor, task) for damping in tried)]
     return min((one[0] for one in found if one), key=lambda draft: artifact_of(draft, coding or QUICK).nbytes)

@@ -27,6 +27,7 @@ from tersenet.stages.folding import folded
 from tersenet.task import Task, one_thread, progress
 
 SMALL = 64  # tensors with fewer weights stay floats
+HELD = 5  # of so many inputs one is not among those that moments are made of
 PROBED = 64, 256, 1 << 23  # inputs on which it is seen what errors of each layer cost: least, most, their numbers
 Halves = tuple[Moments, Moments]
 
@@ -43,13 +44,15 @@ class Damping:
 class Gathered:
     """A draft with BatchNorm folded, its layers' moments, and which bias is added to each weight's output.
 
-    Moments come from each half of the inputs: how far the halves differ says how much to trust them. `worth` is what
-    errors of a layer cost at the network's outputs, in parts of what its moments say.
+    Moments come from two halves of the inputs: how far the halves differ says how much to trust them. Every fifth input
+    is `held` back from them: feedback steers errors to where the others do not see them. `worth` is what errors of a
+    layer cost at the network's outputs, in parts of what its moments say.
     """
 
     draft: Draft
     found: Mapping[str, Halves]
     biases: Mapping[str, str]
+    held: Array | None = None
     worth: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -107,9 +110,7 @@ class Waterfill:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         with one_thread():
             gathered = gather(draft, task, self.samples)
-            if task is not None and gathered.found:
-                gathered = weighed(gathered, task, self.c)
-            return prepare(gathered, self.damping).at(self.c, self.rate)
+            return prepare(weighed(gathered, self.c), self.damping).at(self.c, self.rate)
 
 
 def rounded(values: np.ndarray, step: float) -> Tree:
@@ -127,6 +128,9 @@ def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
         return Gathered(draft, {}, {})
     x = task.calibration(samples)
     draft, biases = folded(draft, x[: min(len(x), 8)])
+    apart = torch.arange(len(x)) % HELD == HELD - 1
+    held = x[apart] if len(x) >= HELD else x
+    x = x[~apart]
     labels = min(16, max(4, 4096 // len(x)))  # where there are few inputs, more labels make up for it in part
     one = moments(draft.module(), x[::2], task, labels)
     other = moments(draft.module(), x[1::2], task, labels, seed=len(x)) if len(x) > 1 else one
@@ -135,18 +139,21 @@ def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
             raise ValueError(
                 f"{name}: what the layer sees of the calibration inputs is not finite: check Task(train=...)"
             )
-    return Gathered(draft, {name: (known, other[name]) for name, known in one.items()}, biases)
+    return Gathered(draft, {name: (known, other[name]) for name, known in one.items()}, biases, held)
 
 
-def weighed(gathered: Gathered, task: Task, c: float) -> Gathered:
+def weighed(gathered: Gathered, c: float) -> Gathered:
     """The same with what errors of each layer cost at the outputs, seen by quantizing each alone at c.
 
     Moments know well which errors of a layer cost less than others; how layers compare, where gradients are summed over
-    positions as if these had nothing to do with each other, they know less well.
+    positions as if these had nothing to do with each other, or where there are few inputs for many weights, they know
+    less well.
     """
     least, most, numbers = PROBED
-    x = task.calibration(most)
-    x = x[: max(least, numbers // x[0].numel())]
+    x = gathered.held
+    if x is None:
+        return gathered
+    x = x[: min(most, max(least, numbers // x[0].numel()))]
     prepared, wanted = prepare(replace(gathered, worth={})), outputs(gathered.draft, x)
     layers = [layer for layer in prepared.layers if layer.metric.inputs is not None]
     if not layers:
