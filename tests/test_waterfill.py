@@ -91,6 +91,20 @@ def test_moments_are_the_same_at_any_number_of_threads(task, monkeypatch):
     assert set(found[0]) == {"conv.weight", "first.weight", "second.weight", "last.weight"}
 
 
+def test_every_fifth_input_is_held_back_from_the_moments(task):
+    """What errors cost is seen on inputs that no level was chosen by."""
+    x = task.train[0][:60]
+    changed = x.clone()
+    changed[4::5] = 7.0
+    found = [
+        gather(Draft.of_model(task.model), replace(task, train=(given, task.train[1][:60]))) for given in (x, changed)
+    ]
+    for name, halves in found[0].found.items():
+        for one, other in zip(halves, found[1].found[name], strict=True):
+            assert torch.equal(one.inputs, other.inputs) and torch.equal(one.outputs, other.outputs)
+    assert torch.equal(found[0].held, x[4::5]) and not torch.equal(found[1].held, x[4::5])
+
+
 class Tagger(nn.Module):
     """Tokens through a tied embedding, attention and a recurrent layer: weights that no linear layer holds."""
 
