@@ -45,8 +45,7 @@ def without_retraining() -> Iterator[str]:
         f"at equal accuracy, interpolated. The geometric mean over {len(found)} networks is",
         f"{table['geometric_mean']}, the worst {worst} with {found[worst]}.",
         "For the ImageNet networks accuracy means top-1 agreement with the float network on 300 images.",
-        "The last column is by the clock on two cores, of which the ISO codec uses one, where it is least;",
-        "rows without it are of the coder before, whose bytes are within half a per cent of today's.",
+        "The last column is by the clock on two cores, of which the ISO codec uses one, where it is least.",
     )
     yield "| network | bytes : accuracy | bytes to the ISO codec's | decoding, times as fast |"
     yield "|---|---|---|---|"
