@@ -199,10 +199,9 @@ def ratios(rows) -> dict[str, float]:
 def speeds(rows) -> dict[str, float]:
     """Per network: how many times as fast as the ISO codec's decoder we are, at its point where that is least.
 
-    By the clock, against the smallest file of ours that is at least as accurate. Rows that have CPU time alone, as runs
-    of old have, do not count.
+    By the clock, against the smallest file of ours that is at least as accurate.
     """
-    found, rows = {}, [r for r in rows if "decode_cpu_seconds" in r]
+    found = {}
     for network in dict.fromkeys(r["network"] for r in rows):
         ours = sorted(of(rows, network, "tersenet"), key=lambda r: r["bytes"])
         ratios = []

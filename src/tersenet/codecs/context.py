@@ -256,10 +256,8 @@ def encode_array(values: NDArray[np.int32], model: Model, low: int, high: int) -
     sizes = np.abs(values)
     steps = values.size + int((sizes > 0).sum()) + int((sizes >= EXACT).sum()) + 2 * int((sizes >= TAIL).sum())
     listed, out = np.empty(steps, np.uint64), np.empty(2 * steps + 8 * (LANES + 1), np.uint8)
-    mean, around = (
-        np.empty(matrix.columns + 1, np.float32),
-        np.empty(_cells(matrix.width, matrix.kernel), np.uint8) if signs else None,
-    )
+    mean = np.empty(matrix.columns + 1, np.float32)
+    around = np.empty(_cells(matrix.width, matrix.kernel), np.uint8) if signs else None
     given = (listed, listed.size, out, out.size, mean, around)
     done = native.call("context_encode", values, ctypes.byref(model.native(matrix, low, high, signs)), *given)
     if done is None or done < 0:

@@ -154,10 +154,11 @@ def weighed(gathered: Gathered, c: float) -> Gathered:
     if x is None:
         return gathered
     x = x[: min(most, max(least, numbers // x[0].numel()))]
-    prepared, wanted = prepare(replace(gathered, worth={})), outputs(gathered.draft, x)
+    prepared = prepare(replace(gathered, worth={}))
     layers = [layer for layer in prepared.layers if layer.metric.inputs is not None]
     if not layers:
         return gathered
+    wanted = outputs(gathered.draft, x)
 
     def ratio(layer: Layer) -> float:
         q, steps = layer.at(c, 0.5)
