@@ -627,12 +627,11 @@ static int64_t decode_values(const uint8_t *in, int64_t length, estimates *s, co
 /* What a setting may be, the usual one first; the model's number counts them in this order. */
 static const int32_t SLOW[] = {7, 6, 9, 11}, BLEND[] = {8, 4, 12, 0, 16}, MEMORY[] = {3, 2, 4, 5}, SETTLE[] = {4, 3, 6, 8};
 
-int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_matrix *matrix, const float *prior, void *out,
-                             int32_t bytes, void *room, int64_t capacity) {
-    const int64_t width = matrix->width, high = matrix->kernel_rows, wide = matrix->kernel_columns;
+static int64_t decode_array(const uint8_t *in, const terse_array *array, const float *prior, void *out, void *room, int64_t capacity) {
+    const int64_t width = array->width, high = array->kernel_rows, wide = array->kernel_columns, length = array->length;
     const uint8_t *end = in + length;
-    if (length < 1 || matrix->rows < 1 || width < 1 || high < 1 || wide < 1 || width > INT32_MAX / 4) return TERSE_EARGUMENT;
-    const int64_t held = matrix->rows < 2 ? 2 : matrix->rows < LANES ? matrix->rows : LANES; /* rows; the names take two */
+    if (length < 1 || array->rows < 1 || width < 1 || high < 1 || wide < 1 || width > INT32_MAX / 4) return TERSE_EARGUMENT;
+    const int64_t held = array->rows < 2 ? 2 : array->rows < LANES ? array->rows : LANES; /* rows; the names take two */
     const int64_t kernels = wide == width ? 1 : LANES * width / (high * wide);
     const int64_t cells = (wide == width ? LANES + 1 : high + 1) * (wide + 1) *
                           (kernels < MANY ? 1 : kernels < CHUNK ? kernels : CHUNK);
@@ -644,11 +643,11 @@ int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_matr
     const int64_t above = number(&in, end, 1 << 24);
     int64_t choice = number(&in, end, 2 * 4 * 5 * 4 * 4 * 2 * 2 * 2);
     if (origin < 0 || below < 0 || above < 0 || choice < 0) return TERSE_EDATA;
-    target to = {out, bytes, 1, origin & 1 ? -(origin + 1) / 2 : origin / 2};
-    if (to.origin - below < matrix->least || to.origin + above > matrix->most || to.origin + above >= 1 << 30) return TERSE_ETYPE;
-    terse_model m = {.rows = matrix->rows, .width = width, .columns = width, .column = column, .kernel_rows = high,
+    target to = {out, (int32_t)array->bytes, 1, origin & 1 ? -(origin + 1) / 2 : origin / 2};
+    if (to.origin - below < array->least || to.origin + above > array->most || to.origin + above >= 1 << 30) return TERSE_ETYPE;
+    terse_model m = {.rows = array->rows, .width = width, .columns = width, .column = column, .kernel_rows = high,
                      .kernel_columns = wide, .low = (int32_t)-below, .high = (int32_t)above, .prior = prior};
-    m.places = choice % 2 ? matrix->places : 1, choice /= 2;
+    m.places = choice % 2 ? (int32_t)array->places : 1, choice /= 2;
     m.slow = SLOW[choice % 4], choice /= 4;
     m.blend = BLEND[choice % 5], choice /= 5;
     m.memory = MEMORY[choice % 4], choice /= 4;
@@ -681,4 +680,15 @@ int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_matr
             if ((m.signs >> k & 15) == 0) return TERSE_EDATA;
     }
     return decode_values(in, end - in, &s, &m, values, mean, around, &to);
+}
+
+int64_t terse_context_decode(const uint8_t *in, terse_array *arrays, int64_t count, int64_t *next, const float *prior,
+                             uint8_t *out, void *room, int64_t capacity) {
+    int64_t at, done = 0;
+    while ((at = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count) {
+        terse_array *array = &arrays[at];
+        array->done = decode_array(in + array->in, array, prior, out + array->out, room, capacity);
+        done++;
+    }
+    return done;
 }

@@ -88,16 +88,20 @@ typedef struct {
 TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint64_t *list, int64_t listed,
                                        uint8_t *out, int64_t capacity, float *mean, uint8_t *around);
 
-/* An array as it is walked, and what its type can hold. `places` is how many lie in a kernel, or 1 if that is over 64. */
+/* A stream at `in` and where its array belongs, both from the beginning of what all share; the integers' bytes, 1, 2, 4 or
+ * 8; how the array is walked; and what its type can hold. `places` is how many lie in a kernel, or 1 if that is over 64.
+ * `done` becomes the number of integers, or an error; TERSE_ETYPE where the type cannot hold the values. */
 typedef struct {
-    int64_t rows, width, kernel_rows, kernel_columns, least, most;
-    int32_t places;
-} terse_matrix;
+    int64_t in, length, out, bytes;
+    int64_t rows, width, kernel_rows, kernel_columns, places, least, most;
+    int64_t done;
+} terse_array;
 
-/* A whole stream, with its settings, to integers of 1, 2, 4 or 8 bytes. `room` is for four rows of 32-bit integers (two
- * if there is one), two with an integer more, and `around`. Returns the number of integers, or an error; TERSE_ETYPE where the type cannot hold the values. */
-TERSE_API int64_t terse_context_decode(const uint8_t *in, int64_t length, const terse_matrix *matrix, const float *prior,
-                                       void *out, int32_t bytes, void *room, int64_t capacity);
+/* Whole streams, with their settings, to integers: `*next` is the first that nobody has taken yet, so that any number of
+ * threads may share the work. `room` belongs to one thread and is for four rows of the widest array in 32-bit integers (two
+ * if there is one), two with an integer more, and `around`. Returns how many this thread decoded. */
+TERSE_API int64_t terse_context_decode(const uint8_t *in, terse_array *arrays, int64_t count, int64_t *next,
+                                       const float *prior, uint8_t *out, void *room, int64_t capacity);
 
 /* feedback.py: levels for `whitened` [lines][values], which is used up, from the Cholesky factor [lines][lines] of one side
  * and that [values][values] of the other with each column divided by its diagonal; NULL for a diagonal one. */

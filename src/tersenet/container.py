@@ -9,16 +9,18 @@ import math
 import os
 import struct
 import sys
-import threading
 import zlib
+from _thread import start_new_thread
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from tersenet import codecs
+from tersenet.codecs.context import Streams
 from tersenet.codecs.stream import FormatError, Reader, put_number, unzigzag, zigzag
 from tersenet.packed import DEEPEST, NODES, Array, Packed, Tree, check_tree, parts_of, unpack
 
@@ -254,6 +256,7 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
 NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)
 KINDS, CODED = tuple(NODES.values()), tuple(codecs.CODECS)
 POOLED = 127  # in place of a codec
+CONTEXT = CODED.index("context")
 HELD = tuple(np.dtype(held) for held, _ in FORMATS)
 COSTS = tuple(max(4, held.itemsize) for held in HELD)  # bytes that a value takes while it is decoded
 MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of parts that do not belong together raises
@@ -344,13 +347,14 @@ class _Parser:
 
 
 THREADS = 1 if sys.platform == "emscripten" else min(4, os.cpu_count() or 1)  # a browser's Python has none to start
-WORTH_A_THREAD = 1 << 14  # integers beside the largest array
+WORTH_A_THREAD = 1 << 16  # integers beside the largest array
+Job = tuple[str, Promise, bytes]  # a tensor's name, an array of it, and the array's stream
 
 
 def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Tensor]:
     """The named tensors with their arrays; tied names share one."""
     unique = {id(header.tensors[name]): name for name in reversed(names)}.values()
-    coded: list[tuple[str, Promise, bytes]] = []
+    coded: list[Job] = []
     if any(p.codec == POOLED for name in unique for p in header.told[name].promises):
         coded += _streams("(small arrays)", header.pools, header.pools_check, data)
     for name in unique:
@@ -372,7 +376,7 @@ def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Ten
     return {name: found[id(header.tensors[name])] for name in names}
 
 
-def _streams(name: str, promises: list[Promise], check: int, data: Source) -> list[tuple[str, Promise, bytes]]:
+def _streams(name: str, promises: list[Promise], check: int, data: Source) -> list[Job]:
     """The arrays that have bytes of their own, which lie side by side in the file."""
     own = [p for p in promises if p.codec != POOLED]
     first = own[0].offset if own else 0
@@ -382,34 +386,40 @@ def _streams(name: str, promises: list[Promise], check: int, data: Source) -> li
     return [(name, p, whole[p.offset - first : p.offset - first + p.length]) for p in own]
 
 
-def _arrays(coded: list[tuple[str, Promise, bytes]]) -> dict[int, Array]:
-    """Every promised array by the promise's id, decoded on as many threads as are worth it: the C core frees Python."""
-    piles: list[list[tuple[str, Promise, bytes]]] = [[] for _ in range(THREADS)]
-    sizes = [0] * THREADS
-    order = sorted(coded, key=lambda job: -job[1].size)
-    few = sum([promise.size for _, promise, _ in order[1:]]) < WORTH_A_THREAD
-    for job in order:
-        at = 0 if few else sizes.index(min(sizes))
-        piles[at].append(job)
-        sizes[at] += job[1].size
+def _arrays(coded: list[Job]) -> dict[int, Array]:
+    """Every promised array by the promise's id, decoded on as many threads as are worth it: the C core frees Python.
+
+    Context-coded streams are decoded in one call for each thread, which then need not wait for each other's Python.
+    """
+    coded.sort(key=lambda job: -job[1].size)
+    shared: list[Job] = []
+    others: list[Job] = []
+    for job in coded:
+        (shared if job[1].codec == CONTEXT and job[1].dtype.kind != "f" else others).append(job)
+    streams = _named("(all arrays)", Streams, [(stream, promise.shape, promise.dtype) for _, promise, stream in shared])
+    rest = iter(others)
     found: dict[int, Array] = {}
-    wrong: list[Exception] = []
+    ended: SimpleQueue[Exception | None] = SimpleQueue()
 
-    def decode(pile: list[tuple[str, Promise, bytes]]) -> None:
+    def decode() -> None:
         try:
-            for name, promise, stream in pile:
-                found[id(promise)] = _array(name, promise, stream)
+            streams.run()
+            for name, promise, stream in rest:  # each thread takes the next
+                found[id(promise)] = _named(name, _array, promise, stream)
+            ended.put(None)
         except Exception as error:
-            wrong.append(error)
+            ended.put(error)
 
-    threads = [threading.Thread(target=decode, args=(pile,)) for pile in piles[1:] if pile]
-    for thread in threads:
-        thread.start()
-    decode(piles[0])
-    for thread in threads:
-        thread.join()
-    if wrong:
-        raise wrong[0]
+    few = sum([promise.size for _, promise, _ in coded[1:]]) < WORTH_A_THREAD
+    threads = 1 if few else THREADS
+    for _ in range(threads - 1):
+        start_new_thread(decode, ())  # a threading.Thread would have us wait until it runs
+    decode()
+    for _ in range(threads):
+        if wrong := ended.get():
+            raise wrong
+    for at, (name, promise, _) in enumerate(shared):
+        found[id(promise)] = _named(name, streams.array, at)
     return found
 
 
@@ -430,24 +440,29 @@ def _filled(tree: Any, ready: Iterator[Array]) -> Any:
 BROKEN = (ValueError, OverflowError, IndexError, MemoryError)  # what decoding garbled bytes may raise
 
 
-def _array(name: str, promise: Promise, coded: bytes) -> Array:
-    codec, dtype = CODED[promise.codec], promise.dtype
+def _named(name: str, decode: Callable[..., Array], *given: Any) -> Array:
+    """What `decode` returns; bad bytes raise `FormatError` with the tensor's name."""
     try:
-        if dtype.kind != "f":
-            return codecs.decode(codec, coded, promise.shape, dtype)
-        stored = FORMATS[promise.form][1]
-        width = WIDTH[stored]
-        planes = codecs.decode(codec, coded, (width * promise.size,), np.dtype(np.uint8))
-        raw = np.ascontiguousarray(planes.reshape(width, promise.size).T)
-        if stored == "bfloat16":
-            values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = raw.view(f"<f{width}")
-        return values.reshape(promise.shape).astype(dtype)
+        return decode(*given)
     except FormatError as wrong:
         raise FormatError(f"{name}: {wrong}") from None
     except BROKEN as wrong:
         raise FormatError(f"{name}: cannot be decoded: {wrong}") from None
+
+
+def _array(promise: Promise, coded: bytes) -> Array:
+    codec, dtype = CODED[promise.codec], promise.dtype
+    if dtype.kind != "f":
+        return codecs.decode(codec, coded, promise.shape, dtype)
+    stored = FORMATS[promise.form][1]
+    width = WIDTH[stored]
+    planes = codecs.decode(codec, coded, (width * promise.size,), np.dtype(np.uint8))
+    raw = np.ascontiguousarray(planes.reshape(width, promise.size).T)
+    if stored == "bfloat16":
+        values = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = raw.view(f"<f{width}")
+    return values.reshape(promise.shape).astype(dtype)
 
 
 # ---------------------------------------------------------------- writing

@@ -81,13 +81,6 @@ class _Model(ctypes.Structure):
     ]
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("rows", "width", "kernel_rows", "kernel_columns", "least", "most")],
-        ("places", ctypes.c_int32),
-    ]
-
-
 CHOICES = {  # of each setting, the usual one first
     "places": (0, 1),
     "slow": (7, 6, 9, 11),
@@ -199,12 +192,12 @@ def _cells(width: int, kernel: tuple[int, int]) -> int:
     return (high + 1) * (wide + 1) * (min(kernels, CHUNK) if kernels >= MANY else 1)
 
 
-@functools.lru_cache(64)
-def _native_matrix(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[_Matrix, int]:
-    """What the C core wants to know of an array, and how many bytes it needs for decoding it."""
+@functools.lru_cache(256)
+def _walk_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int, ...], int]:
+    """What the C core wants to know of an array, from its bytes on, and how much memory it needs for decoding it."""
     rows, width, kernel, places = walked(shape)
     room = 4 * (min(max(rows, 2), LANES) * width + 2 * (width + 1)) + _cells(width, kernel)
-    return _Matrix(rows, width, *kernel, *_range(dtype), places), room
+    return (dtype.itemsize, rows, width, *kernel, places, *_range(dtype)), room
 
 
 def _range(dtype: np.dtype[Any]) -> tuple[int, int]:
@@ -319,18 +312,46 @@ class Context:
         return encode_levels(levels, choose(levels, low - origin, high - origin), origin)
 
     def decode(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
+        streams = Streams([(data, tuple(shape), dtype)])
+        streams.run()
+        return streams.array(0)
+
+
+class Streams:
+    """Streams that are decoded together: any number of threads may `run`, and each takes the next that is not taken."""
+
+    def __init__(self, coded: Sequence[tuple[bytes, tuple[int, ...], np.dtype[Any]]]) -> None:
+        self.coded, self.native = coded, native.library() is not None
+        if not self.native:
+            return
+        rows, begin, end, self.room = list[tuple[int, ...]](), 0, 0, 0
+        for data, shape, dtype in coded:
+            walk, room = _walk_of(shape, dtype)
+            rows.append((begin, len(data), end, *walk, 0))
+            begin += len(data)
+            end += (math.prod(shape) * dtype.itemsize + 7) // 8 * 8
+            self.room = max(self.room, room)
+        self.data, self.rows = b"".join([data for data, *_ in coded]), np.array(rows, np.int64)
+        self.next, self.out = np.zeros(1, np.int64), np.empty(end, np.uint8)
+
+    def run(self) -> None:
+        """Decode until all are taken. The C core frees Python meanwhile; its twin decodes when it is asked."""
+        if self.native:
+            room = np.empty(self.room, np.uint8)
+            given = ctypes.c_char_p(self.data), self.rows, len(self.rows), self.next, PRIOR, self.out, room, self.room
+            native.call("context_decode", *given)
+
+    def array(self, at: int) -> Ints:
+        """One of the arrays, which lie in one block of memory, once all are decoded; raises `FormatError`."""
+        data, shape, dtype = self.coded[at]
         if math.prod(shape) == 0:
             raise FormatError("an empty array is not context-coded")
-        if native.library() is None:
+        if not self.native:
             return _decode_slowly(data, shape, dtype)
-        out = np.empty(shape, dtype)
-        matrix, size = _native_matrix(tuple(shape), dtype)
-        room = np.empty(size, np.uint8)
-        given = ctypes.c_char_p(data), len(data), ctypes.byref(matrix), PRIOR, out, np.int32(out.itemsize), room, size
-        done = native.call("context_decode", *given)
-        if done != out.size:
+        done, begin = int(self.rows[at, -1]), int(self.rows[at, 2])
+        if done != math.prod(shape):
             raise FormatError(WRONG_TYPE.format(dtype) if done == -4 else "a context-coded stream is damaged")
-        return out
+        return np.ndarray(shape, dtype, self.out, begin)
 
 
 WRONG_TYPE = "a stream holds values that {} cannot"
