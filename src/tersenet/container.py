@@ -138,7 +138,7 @@ class File(Source):
         return data
 
 
-@dataclass
+@dataclass(slots=True)
 class Told:
     """What the header says of a tensor's bytes: its arrays in the order of the file, CRC-32 of its own streams."""
 
@@ -211,43 +211,42 @@ def _plain(coded: bytes) -> bytes:
 
 def _parse(plain: bytes, offset: int, coded: int) -> Header:
     parser = _Parser(plain, offset)
-    reader = parser.reader
-    count = reader.number()
-    if count > reader.left:
+    count = parser.number()
+    if count > parser.left:
         raise FormatError("the header says it has more tensors than it has bytes")
     tensors: dict[str, Tensor] = {}
     told: dict[str, Told] = {}
     order: list[str] = []
     name = b""
     for _ in range(count):
-        begin = reader.at
-        shared = reader.number(len(name) + 1)
-        name = name[:shared] + reader.take(reader.number(NAME_CAP + 1 - shared))
+        begin = parser.at
+        shared = parser.number(len(name) + 1)
+        name = name[:shared] + parser.take(parser.number(NAME_CAP + 1 - shared))
         try:
             text = name.decode()
         except UnicodeDecodeError:
             raise FormatError("a tensor's name is not UTF-8") from None
         if text in tensors:
             raise FormatError(f"two tensors are named {text!r}")
-        code = reader.byte()
+        code = parser.byte()
         if code == ALIAS:
-            at = reader.number()
+            at = parser.number()
             if at >= len(order):
                 raise FormatError(f"{text}: tied to a tensor that is not there")
             tensors[text], other = tensors[order[at]], told[order[at]]
-            told[text] = Told(other.promises, other.check, reader.at - begin)
+            told[text] = Told(other.promises, other.check, parser.at - begin)
         else:
             tensors[text] = parser.tensor(text, code)
-            check = reader.take(4) if any(p.length for p in parser.promises) else bytes(4)
-            told[text] = Told(parser.promises, int.from_bytes(check, "little"), reader.at - begin)
+            check = parser.take(4) if any(p.length for p in parser.promises) else bytes(4)
+            told[text] = Told(parser.promises, int.from_bytes(check, "little"), parser.at - begin)
         order.append(text)
     pools = parser.pools()
-    check = reader.take(4) if pools else bytes(4)
+    check = parser.take(4) if pools else bytes(4)
     try:
-        meta = json.loads(reader.take(reader.number(META_CAP)) or b"{}")
+        meta = json.loads(parser.take(parser.number(META_CAP)) or b"{}")
     except ValueError:
         raise FormatError("the header's notes are not JSON") from None
-    if reader.left or not isinstance(meta, dict):
+    if parser.left or not isinstance(meta, dict):
         raise FormatError("the header is longer than its tensors")
     sizes = len(plain), coded, parser.needed, parser.offset + FOOTER
     return Header(tensors, told, pools, int.from_bytes(check, "little"), meta, *sizes)
@@ -262,16 +261,18 @@ COSTS = tuple(max(4, held.itemsize) for held in HELD)  # bytes that a value take
 MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of parts that do not belong together raises
 
 
-class _Parser:
+class _Parser(Reader):
     """Reads trees. Streams lie back to back in the order of the header, small arrays in the pool of their format."""
 
     def __init__(self, plain: bytes, offset: int) -> None:
-        self.reader, self.offset, self.needed = Reader(plain), offset, 0
+        super().__init__(plain)
+        self.offset, self.needed = offset, 0
         self.promises: list[Promise] = []  # of the tensor that is read
         self.pooled: Counter[int] = Counter()  # how many values the pool of each format holds
+        self.heads: dict[bytes, tuple[tuple[int, ...], int, int]] = {}  # of arrays that were read: shape, codec, size
 
     def tensor(self, name: str, code: int) -> Tensor:
-        note, error = struct.unpack("<Be", self.reader.take(3))
+        note, error = struct.unpack("<Be", self.take(3))
         if code >= len(DTYPES) or note >= len(NOTES):
             raise FormatError(f"{name}: unknown type or note")
         self.promises = []
@@ -282,15 +283,15 @@ class _Parser:
             raise
         except MISFIT as wrong:
             raise FormatError(f"{name}: the tree does not fit together: {wrong}") from None
-        whole = not isinstance(tree, Packed) and DTYPES[code] not in (str(tree.dtype), "bfloat16")
-        if whole or len(shape) > RANK_CAP or (isinstance(tree, Packed) and "float" not in DTYPES[code]):
+        packed = isinstance(tree, Packed)
+        whole = not packed and DTYPES[code] not in (str(tree.dtype), "bfloat16")
+        if whole or len(shape) > RANK_CAP or (packed and "float" not in DTYPES[code]):
             raise FormatError(f"{name}: the tensor's type is not its array's")
         self.needed += 4 * math.prod(shape)
         return Tensor(tree, DTYPES[code], NOTES[note], None if math.isnan(error) else error)
 
     def value(self, depth: int, nodes: int) -> Any:
-        reader = self.reader
-        tag = reader.byte()
+        tag = self.byte()
         if tag == ARRAY:
             return self.array()
         if tag >= NODE:
@@ -306,39 +307,51 @@ class _Parser:
         if tag == NONE:
             return None
         if tag == NUMBER:
-            return unzigzag(reader.number())
+            return unzigzag(self.number())
         if tag == TEXT:
-            return reader.take(reader.number(1 << 10)).decode()
+            return self.take(self.number(1 << 10)).decode()
         if depth > 8:
             raise FormatError("a tree is too deep")
-        return tuple([self.value(depth + 1, nodes) for _ in range(reader.number(min(256, reader.left + 1)))])
+        return tuple([self.value(depth + 1, nodes) for _ in range(self.number(min(256, self.left + 1)))])
 
     def array(self) -> Promise:
-        reader = self.reader
-        form, rank = reader.take(2)
-        if form >= len(FORMATS) or rank > RANK_CAP:
-            raise FormatError("an array has an unknown type or too many axes")
-        numbers = reader.numbers(rank + 1)
-        shape, codec = numbers[:rank], numbers[rank]
-        size = math.prod(shape)
-        if size >= 1 << 60 or (not size and math.prod([n or 1 for n in shape]) >= 1 << 60):
-            raise FormatError("an array has too many values")
+        begin = self.at
+        head = self.data[begin : begin + 2]
+        form = head[0]
+        head = self.data[begin : begin + 3 + head[1]]  # whole where every number of it takes one byte, as nearly all do
+        if head in self.heads:
+            self.at = begin + len(head)
+            shape, codec, size = self.heads[head]
+        else:
+            shape, codec, size = self.head()
+            if self.at == begin + len(head):
+                self.heads[head] = shape, codec, size
         self.needed += size * COSTS[form]
         if codec == POOLED:
             promise = Promise(shape, form, codec, 0, self.pooled[form])
             self.pooled[form] += size
         else:
-            if codec >= len(CODED):
-                raise FormatError("an array has an unknown codec")
-            promise = Promise(shape, form, codec, reader.number(), self.offset)
+            promise = Promise(shape, form, codec, self.number(), self.offset)
             self.offset += promise.length
         self.promises.append(promise)
         return promise
 
+    def head(self) -> tuple[tuple[int, ...], int, int]:
+        form, rank = self.take(2)
+        if form >= len(FORMATS) or rank > RANK_CAP:
+            raise FormatError("an array has an unknown type or too many axes")
+        *axes, codec = [self.number() for _ in range(rank + 1)]
+        size = math.prod(axes)
+        if size >= 1 << 60 or (not size and math.prod([n or 1 for n in axes]) >= 1 << 60):
+            raise FormatError("an array has too many values")
+        if codec >= len(CODED) and codec != POOLED:
+            raise FormatError("an array has an unknown codec")
+        return tuple(axes), codec, size
+
     def pools(self) -> list[Promise]:
         found = []
         for form, count in sorted(self.pooled.items()):
-            codec, length = self.reader.byte(), self.reader.number()
+            codec, length = self.byte(), self.number()
             if codec >= len(CODED):
                 raise FormatError("an array has an unknown codec")
             found.append(Promise((count,), form, codec, length, self.offset))

@@ -84,14 +84,6 @@ class Reader:
             raise FormatError("an integer is out of range")
         return value
 
-    def numbers(self, count: int) -> tuple[int, ...]:
-        """That many of them."""
-        part = self.data[self.at : self.at + count]
-        if len(part) == count and part.isascii():  # nearly all: none takes two bytes
-            self.at += count
-            return tuple(part)
-        return tuple([self.number() for _ in range(count)])
-
     def rest(self) -> bytes:
         return self.take(self.left)
 
