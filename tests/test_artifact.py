@@ -13,6 +13,7 @@ from conftest import floats, fresh_process, small_files, trees
 
 from tersenet import FormatError, load
 from tersenet.artifact import Artifact, Coding, Tensor, errors_against, write_atomically
+from tersenet.codecs import CODECS
 from tersenet.codecs.stream import put_number
 from tersenet.container import FOOTER, POOLED, PREAMBLE, _plain
 from tersenet.packed import Uniform, unpack
@@ -121,9 +122,11 @@ def with_checks(plain: bytearray, before: bytes, streams: bytearray) -> bytearra
     return plain
 
 
-def header(shape: tuple[int, ...], codec: int = 0, length: int = 2, crc: int = 0, count: int = 1) -> bytes:
-    array = bytes([4, 10, len(shape)]) + b"".join(map(put_number, shape)) + bytes([codec]) + put_number(length)
-    tensor = put_number(0) + put_number(1) + b"w" + bytes([10, 0, 0, 0x7E]) + array + struct.pack("<I", crc)
+def header(
+    shape: tuple[int, ...], codec: int = 0, length: int = 2, crc: int = 0, count: int = 1, form: int = 10
+) -> bytes:
+    array = bytes([4, form, len(shape)]) + b"".join(map(put_number, shape)) + bytes([codec]) + put_number(length)
+    tensor = put_number(0) + put_number(1) + b"w" + bytes([form, 0, 0, 0x7E]) + array + struct.pack("<I", crc)
     return put_number(count) + tensor + put_number(0)
 
 
@@ -165,6 +168,21 @@ def test_bombs_are_refused_in_little_memory(name, file, tmp_path):
     grown = fresh_process(script, path)
     assert grown.strip(), "the bomb was not refused"
     assert int(grown) < 64 * 1024
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (2, 0, 3, 3)])
+def test_an_empty_array_is_refused_or_empty_in_every_codec(shape):
+    stream, outcomes = b"\0\0", set()
+    for codec in range(len(CODECS)):
+        for form in (2, 10):
+            try:
+                (found,) = (
+                    load(rebuilt(header(shape, codec, crc=zlib.crc32(stream), form=form), stream)).unpack().values()
+                )
+                assert found.shape == shape
+            except FormatError as wrong:
+                outcomes.add(str(wrong))
+    assert outcomes and all(text.startswith("w: ") for text in outcomes)
 
 
 def test_a_caller_may_allow_more():

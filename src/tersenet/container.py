@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tersenet import codecs
-from tersenet.codecs.context import Streams
+from tersenet.codecs.context import Batch
 from tersenet.codecs.stream import FormatError, Reader, put_number, unzigzag, zigzag
 from tersenet.packed import DEEPEST, NODES, Array, Packed, Tree, check_tree, parts_of, unpack
 
@@ -408,15 +408,16 @@ def _arrays(coded: list[Job]) -> dict[int, Array]:
     shared: list[Job] = []
     others: list[Job] = []
     for job in coded:
-        (shared if job[1].codec == CONTEXT and job[1].dtype.kind != "f" else others).append(job)
-    streams = _named("(all arrays)", Streams, [(stream, promise.shape, promise.dtype) for _, promise, stream in shared])
+        _, promise, _ = job
+        (shared if promise.codec == CONTEXT and promise.dtype.kind != "f" and promise.size else others).append(job)
+    batch = _named("(all arrays)", Batch, [(stream, promise.shape, promise.dtype) for _, promise, stream in shared])
     rest = iter(others)
     found: dict[int, Array] = {}
     ended: SimpleQueue[Exception | None] = SimpleQueue()
 
     def decode() -> None:
         try:
-            streams.run()
+            batch.run()
             for name, promise, stream in rest:  # each thread takes the next
                 found[id(promise)] = _named(name, _array, promise, stream)
             ended.put(None)
@@ -432,7 +433,7 @@ def _arrays(coded: list[Job]) -> dict[int, Array]:
         if wrong := ended.get():
             raise wrong
     for at, (name, promise, _) in enumerate(shared):
-        found[id(promise)] = _named(name, streams.array, at)
+        found[id(promise)] = _named(name, batch.array, at)
     return found
 
 
