@@ -360,7 +360,7 @@ class _Parser(Reader):
 
 
 THREADS = 1 if sys.platform == "emscripten" else min(4, os.cpu_count() or 1)  # a browser's Python has none to start
-WORTH_A_THREAD = 1 << 16  # integers beside the largest array
+WORTH_A_THREAD = 1 << 14  # integers beside the largest array
 Job = tuple[str, Promise, bytes]  # a tensor's name, an array of it, and the array's stream
 
 

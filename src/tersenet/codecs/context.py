@@ -36,7 +36,8 @@ FRESH, KNOWN = 32, 64  # what an alphabet's counts are added to: so much of its 
 CHUNK, MANY = 256, 16  # kernels whose signs are coded side by side, where there are so many
 MOST = (1 << 29) - 1  # integers of an array
 NEIGHBOURS = ((1, 0), (0, 1), (1, 1), (1, -1))  # signs to the left and above whose shares are sent
-TRIAL = 1 << 16  # integers that are looked at to choose the model of a larger array
+TRIAL = 1 << 19  # integers that are looked at to choose the model of a larger array
+WORTH_SIGNS = 1 / 1024  # what contexts of signs must save: they take a fourteenth of the time
 UNIT, ZERO = 1024, 7  # of means: half a letter, and what a zero counts as, so that their floats stay normal
 FIRST = 2 * (127 + 2) + 1  # exponent and first bit of the fraction of means in the lowest context
 WORTH_LEAVING = 4096  # zeros in columns that hold nothing else, from which on these are left out
@@ -278,20 +279,20 @@ def decode_array(data: bytes, model: Model, shape: Sequence[int], low: int, high
 
 
 def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
-    """The model that makes this array smallest, found one setting at a time on at most 2^16 of its integers."""
+    """The model that makes this array smallest, found one setting at a time on at most 2^19 of its integers."""
     sample = values
     if values.size > TRIAL:
         sample = values[: max(1, TRIAL * values.shape[0] // values.size)]
-    sized: dict[Model, int] = {}
+    sized: dict[Model, float] = {}
 
-    def size(model: Model) -> int:
+    def size(model: Model) -> float:
         if model not in sized:
-            sized[model] = len(encode_array(sample, model, low, high))
+            sized[model] = len(encode_array(sample, model, low, high)) * (1 + model.signs * WORTH_SIGNS)
         return sized[model]
 
     flat = values.reshape(walked(values.shape)[:2])
     zeros = len(flat) * int((~flat.any(0)).sum())
-    skip = zeros >= max(WORTH_LEAVING, flat.size // 16) and zeros < flat.size
+    skip = zeros >= max(WORTH_LEAVING, flat.size // 32) and zeros < flat.size
     best = Model(trellis=int(follows(flat)), skip=int(skip))
     for name in ("places", "signs", "blend", "memory", "settle", "slow"):
         best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=size)
