@@ -50,7 +50,7 @@ def without_retraining() -> Iterator[str]:
     yield "| network | bytes : accuracy | bytes to the ISO codec's | decoding, times as fast |"
     yield "|---|---|---|---|"
     for name, ratio in found.items():
-        rows = [r for r in table["rows"] if r["network"] == name]
+        rows = rows_of(table["rows"], name)
         points = sorted((r["bytes"], r["accuracy"]) for r in rows if r["method"] == "tersenet")
         curve = ", ".join(f"{size / 1000:.1f} kB : {100 * accuracy:.2f} %" for size, accuracy in points)
         yield f"| {name} (float {100 * rows[0]['reference']:.2f} %) | {curve} | {ratio} | {fast[name]} |"

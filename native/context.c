@@ -627,7 +627,8 @@ static int64_t decode_values(const uint8_t *in, int64_t length, estimates *s, co
 /* What a setting may be, the usual one first; the model's number counts them in this order. */
 static const int32_t SLOW[] = {7, 6, 9, 11}, BLEND[] = {8, 4, 12, 0, 16}, MEMORY[] = {3, 2, 4, 5}, SETTLE[] = {4, 3, 6, 8};
 
-static int64_t decode_array(const uint8_t *in, const terse_array *array, const float *prior, void *out, void *room, int64_t capacity) {
+static int64_t decode_array(const uint8_t *in, const terse_array *array, const float *prior, void *out, void *room,
+                            int64_t capacity) {
     const int64_t width = array->width, high = array->kernel_rows, wide = array->kernel_columns, length = array->length;
     const uint8_t *end = in + length;
     if (length < 1 || array->rows < 1 || width < 1 || high < 1 || wide < 1 || width > INT32_MAX / 4) return TERSE_EARGUMENT;

@@ -170,7 +170,7 @@ def test_bombs_are_refused_in_little_memory(name, file, tmp_path):
     assert int(grown) < 64 * 1024
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (2, 0, 3, 3)])
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (2, 0, 3, 3), (2, 3, 0, 3), (0, 3, 3, 3)])
 def test_an_empty_array_is_refused_or_empty_in_every_codec(shape):
     stream, outcomes = b"\0\0", set()
     for codec in range(len(CODECS)):

@@ -316,9 +316,8 @@ class _Parser(Reader):
 
     def array(self) -> Promise:
         begin = self.at
-        head = self.data[begin : begin + 2]
-        form = head[0]
-        head = self.data[begin : begin + 3 + head[1]]  # whole where every number of it takes one byte, as nearly all do
+        form, rank = self.data[begin], self.data[begin + 1]
+        head = self.data[begin : begin + 3 + rank]  # whole where every number of it takes one byte, as nearly all do
         if head in self.heads:
             self.at = begin + len(head)
             shape, codec, size = self.heads[head]
@@ -408,8 +407,7 @@ def _arrays(coded: list[Job]) -> dict[int, Array]:
     shared: list[Job] = []
     others: list[Job] = []
     for job in coded:
-        _, promise, _ = job
-        (shared if promise.codec == CONTEXT and promise.dtype.kind != "f" and promise.size else others).append(job)
+        (shared if job[1].codec == CONTEXT and job[1].dtype.kind != "f" else others).append(job)
     batch = _named("(all arrays)", Batch, [(stream, promise.shape, promise.dtype) for _, promise, stream in shared])
     rest = iter(others)
     found: dict[int, Array] = {}

@@ -20,7 +20,6 @@ Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that h
 Tree: TypeAlias = "Packed | Array"
 
 DEEPEST = 3
-INT8 = np.dtype(np.int8)
 _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
     np.float32
 )  # so that negative exponents count from its end
@@ -95,14 +94,14 @@ class Uniform(Packed):
         return tuple(self.q.shape)
 
     def check(self) -> None:
-        shape, zero = self.q.shape, self.zero
+        shape, steps, zero = self.q.shape, self.steps, self.zero
         _require(is_integer(self.q), "levels are integers")
-        _require(isinstance(self.steps, tuple), "steps are a tuple")
-        for part in (self.scale, *self.steps) if zero is None else (self.scale, zero, *self.steps):
+        _require(isinstance(steps, tuple), "steps are a tuple")
+        for part in (self.scale, *steps) if zero is None else (self.scale, zero, *steps):
             _require(_broadcasts(part.shape, shape), "scale, zero and steps broadcast against the levels")
         _require(zero is None or is_integer(zero), "zero is an integer")
-        for part in self.steps:
-            _require(part.dtype == INT8 or not _is_numpy(part), "steps are int8")
+        for part in steps:
+            _require(not _is_numpy(part) or part.dtype == np.int8, "steps are int8")
         _require(is_float_tree(self.scale), "scale is a float")
 
 

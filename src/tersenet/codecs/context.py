@@ -189,7 +189,7 @@ def _cells(width: int, kernel: tuple[int, int]) -> int:
     high, wide = kernel
     if wide == width:
         return (LANES + 1) * (wide + 1)
-    kernels = LANES * width // (high * wide)
+    kernels = LANES * width // max(high * wide, 1)
     return (high + 1) * (wide + 1) * (min(kernels, CHUNK) if kernels >= MANY else 1)
 
 
@@ -313,15 +313,13 @@ class Context:
         return encode_levels(levels, choose(levels, low - origin, high - origin), origin)
 
     def decode(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
-        if math.prod(shape) == 0:
-            raise FormatError("an empty array is not context-coded")
         batch = Batch([(data, tuple(shape), dtype)])
         batch.run()
         return batch.array(0)
 
 
 class Batch:
-    """Streams of arrays that are not empty, decoded together: any number of threads may `run`, each takes the next."""
+    """Streams that are decoded together: any number of threads may `run`, and each takes the next that is left."""
 
     def __init__(self, coded: Sequence[tuple[bytes, tuple[int, ...], np.dtype[Any]]]) -> None:
         self.coded, self.native = coded, native.library() is not None
@@ -347,6 +345,8 @@ class Batch:
     def array(self, at: int) -> Ints:
         """One of the arrays, which lie in one block of memory, once all are decoded; raises `FormatError`."""
         data, shape, dtype = self.coded[at]
+        if math.prod(shape) == 0:
+            raise FormatError("an empty array is not context-coded")
         if not self.native:
             return _decode_slowly(data, shape, dtype)
         done, begin = int(self.rows[at, -1]), int(self.rows[at, 2])
