@@ -150,7 +150,7 @@ class Bench:
             groups, n = len(a), a.shape[1]
             damp = 0.01 * a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-9
             rows = w.astype(np.float64).reshape(groups, len(w) // groups, n)
-            metric = Metric(torch.linalg.cholesky(a + damp * torch.eye(n)).numpy(), np.ones(rows.shape[:2]))
+            metric = Metric(torch.linalg.cholesky(a + damp * torch.eye(n)).numpy(), np.ones((*rows.shape[:2], 1)))
             most = 2 ** (bits - 1) - 1
             steps = step.astype(np.float64).reshape(rows.shape[:2]), np.ones(n)
             q = np.clip(levels(rows, metric, steps, 0.0), -most - 1, most).reshape(w.shape)

@@ -103,10 +103,12 @@ typedef struct {
 TERSE_API int64_t terse_context_decode(const uint8_t *in, terse_array *arrays, int64_t count, int64_t *next,
                                        const float *prior, uint8_t *out, void *room, int64_t capacity);
 
-/* feedback.py: levels for `whitened` [lines][values], which is used up, from the Cholesky factor [lines][lines] of one side
- * and that [values][values] of the other with each column divided by its diagonal; NULL for a diagonal one. */
+/* feedback.py: levels for `whitened` [lines][values], which is used up, from the Cholesky factor of one side and that of the
+ * other with each column divided by its diagonal; NULL for a diagonal one. A factor of n coordinates is [n][width]: blocks of
+ * `width` columns along its diagonal, row i from column i / width * width on. */
 typedef struct {
     int64_t lines, values;
+    int64_t line_width, value_width;
     const double *line, *value;    /* the step of (j, i) is line[j] * value[i] */
     const double *edge, *profile;  /* a value takes context k where the line's mean size times its profile is under edge[k] */
     const double *bits;            /* [contexts][8] what bits are worth. With `weight` of the numbers 0, 1, 2 and for each

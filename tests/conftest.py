@@ -13,7 +13,7 @@ from tersenet import native
 from tersenet.artifact import Artifact, Coding, Tensor
 from tersenet.codecs import CODECS
 from tersenet.codecs.trellis import NEXT
-from tersenet.packed import Codebook, Factored, Sliced, Sparse, Transformed, Uniform
+from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform
 
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -71,6 +71,7 @@ def trees():
         "Sliced": Sliced(np.array([0, 2, 5], np.uint8), floats(4, 3), 1, 7),
         "Factored": Factored("or,ri->oi", (floats(6, 2), Uniform(np.ones((2, 5), np.int8), scale)), (6, 5)),
         "Transformed": Transformed(Uniform(levels, scale, None, steps)),
+        "Reshaped": Reshaped(Uniform(levels, floats(4, 1, 1, 1)), (2, 3, 2, 3, 3), (0, 2, 1, 3, 4), (6, 2, 3, 3)),
     }
 
 

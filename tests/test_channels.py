@@ -17,11 +17,14 @@ from torch import nn
 import tersenet as tn
 from tersenet.allocators.amc import AMC, Problem, RandomSearch, walled
 from tersenet.artifact import load
+from tersenet.methods.kmeans import KMeans
 from tersenet.packed import Sliced, unpack
 from tersenet.recipe import Draft, artifact_of
 from tersenet.stages.channels import Channels, DropDead, Plan, SearchChannels, small
 from tersenet.stages.coupling import Coupling
+from tersenet.stages.pack import Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.task import Metric
 
 
 class Branches(nn.Module):
@@ -67,7 +70,7 @@ def branches():
 
 
 def test_coupling_follows_sums_concatenations_depthwise_layers_and_freezes_what_code_fixes(branches):
-    coupling = Coupling.of(branches.model, branches.train[0][:2])
+    coupling = Coupling.of(branches, branches.model, branches.train[0][:2])
     places = {
         frozenset(p for p in coupling.axes if set(roots) & {coupling.root(n) for n in coupling.axes[p]})
         for roots in coupling.spaces()
@@ -99,7 +102,7 @@ def test_the_small_module_says_what_the_file_with_zeros_says(branches, plan, rat
     less = small(draft).eval()
     with torch.no_grad():
         assert torch.allclose(whole(x), less(x), atol=1e-4)
-    assert Coupling.of(less, x[:2]).macs(set()) == plan.macs(ratios)
+    assert Coupling.of(branches, less, x[:2]).macs(set()) == plan.macs(ratios)
     assert sum(p.numel() for p in less.parameters()) <= sum(p.numel() for p in Branches().parameters())
 
 
@@ -126,7 +129,7 @@ def test_channels_meet_the_macs_and_survive_retraining_as_zeros(task):
     trained = Retrain(epochs=1)(draft, task)
     before, after = small(draft), small(trained)
     x = task.test[0][:2]
-    assert Coupling.of(before, x).macs(set()) == Coupling.of(after, x).macs(set()) <= 0.5 * plan.macs()
+    assert Coupling.of(task, before, x).macs(set()) == Coupling.of(task, after, x).macs(set()) <= 0.5 * plan.macs()
     assert Channels(1.0)(draft, task) is draft
     with pytest.raises(ValueError, match="of the MACs cannot be met"):
         Channels(0.0001)(Draft.of_model(own), task)
@@ -217,6 +220,89 @@ def test_amc_prunes_a_network_within_its_budget(task, tmp_path, monkeypatch):
     own = copy.deepcopy(task.model)
     plan = Plan.of(Draft.of_model(own), task, 64)
     draft = SearchChannels(0.6, AMC(6, 2), samples=64)(Draft.of_model(own), task)
-    assert Coupling.of(small(draft), task.test[0][:2]).macs(set()) <= 0.6 * plan.macs()
+    assert Coupling.of(task, small(draft), task.test[0][:2]).macs(set()) <= 0.6 * plan.macs()
     assert len(list((tmp_path / "tersenet").glob("amc-*/scores.jsonl"))) == 1
     assert tn.papers.amc(0.4, 8)[0].search.episodes == 8
+
+
+class Reader(nn.Module):
+    """Channels that somebody else needs: a second output, a weight that is read again, a norm that makes no zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.out, self.again = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1, bias=False)
+        self.bare, self.norm, self.wide = nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8, affine=False), nn.Conv1d(8, 8, 1)
+        self.shapes, self.last = nn.PReLU(8), nn.Linear(8, 5)
+
+    def forward(self, x, scale):
+        features = self.out(F.relu(self.free(x)))
+        x = self.again(F.relu(features))
+        x = x + 0.01 * torch.matmul(self.again.weight[:, :, 0], F.relu(x))
+        x = self.wide(F.relu(self.norm(self.bare(F.relu(x)))))
+        return {"scores": self.last(self.shapes(x).mean(2) * scale), "features": features}
+
+
+def test_channels_stay_that_another_output_or_reader_needs():
+    torch.manual_seed(0)
+    x = {"x": torch.randn(64, 3, 9), "scale": torch.rand(64, 1)}
+    task = tn.Task(Reader(), (x, torch.randint(0, 5, (64,))))
+    plan = Plan.of(Draft.of_model(task.model), task, 32)
+    places = [
+        {place for place in plan.coupling.axes if set(plan.coupling.axes[place]) & set(roots)} for roots in plan.spaces
+    ]
+    assert places == [{("free.weight", 0), ("free.bias", 0), ("out.weight", 1)}]
+    draft = plan.pruned([0.5])
+    with torch.no_grad():
+        whole, less = (task.model.__class__.forward(made.eval(), **x) for made in (draft.module(), small(draft)))
+    assert all(torch.allclose(whole[name], less[name], atol=1e-5) for name in whole)
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_channels_of_convolutions_over_any_number_of_axes_go(dims):
+    torch.manual_seed(0)
+    conv, norm = (nn.Conv1d, None, nn.Conv3d)[dims - 1], (nn.BatchNorm1d, None, nn.BatchNorm3d)[dims - 1]
+    model = nn.Sequential(
+        conv(2, 12, 2), norm(12), nn.ReLU(), conv(12, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 2**dims, 4)
+    )
+    task = tn.Task(model, (torch.randn(64, 2, *[3] * dims), torch.randint(0, 4, (64,))))
+    draft = Channels(0.4, samples=32)(Draft.of_model(model), task)
+    x = task.train[0]
+    with torch.no_grad():
+        assert torch.allclose(draft.module().eval()(x), small(draft).eval()(x), atol=1e-4)
+    assert sum(p.numel() for p in small(draft).parameters()) < 0.6 * sum(p.numel() for p in model.parameters())
+
+
+def test_wide_layers_are_fitted_again_block_by_block(branches, monkeypatch):
+    from tersenet import calibrate
+
+    x = branches.train[0]
+
+    def error(plan):
+        with torch.no_grad():
+            pruned = plan.pruned([1, 0.5, 1, 1]).module().eval()
+            return float((pruned(x) - branches.model(x)).square().mean())
+
+    whole = Plan.of(Draft.of_model(branches.model), branches, 64)
+    monkeypatch.setattr(calibrate, "MOST", 700)
+    blocks = Plan.of(Draft.of_model(branches.model), branches, 64)
+    assert all(one.whole for one in whole.found.values()) and not blocks.found["back.weight"].whole
+    assert error(whole) < error(blocks) < 0.9 * error(replace(whole, found={}))
+
+
+def test_a_search_makes_less_of_a_metric_that_is_better_with_less(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    metric = Metric(F.cross_entropy, better="less")
+    own = replace(task, metric=metric, model=copy.deepcopy(task.model))
+    draft = Draft.of_model(own.model)
+    found = SearchChannels(0.6, RandomSearch(8), samples=64, scored=100)(draft, own)
+    file = next((tmp_path / "tersenet").glob("amc-*/scores.jsonl"))
+    scores = [json.loads(line)[1] for line in file.read_text().splitlines()]
+    assert max(scores) < 0
+    part = list(own.held().batches(100))[:1]
+    assert own.score(part, found.module()) == pytest.approx(-max(scores), rel=1e-5)
+
+
+def test_dropping_dead_channels_leaves_other_weights_as_they_are_packed(task):
+    draft = Pack(KMeans(3))(Draft.of_model(copy.deepcopy(task.model)), task)
+    after = DropDead()(draft, task)
+    assert all(after.tensors[name].tree is draft.tensors[name].tree for name in draft.weights())

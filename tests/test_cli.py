@@ -6,6 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tersenet import load
 
 TASK = """
 import torch, tersenet as tn
@@ -16,6 +21,11 @@ def task():
     schedule = tn.Schedule(epochs=4, lr=0.1, batch=32)
     return tn.Task(net, (x[:300], y[:300]), (x[300:], y[300:]), schedule=schedule).trained()
 """
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this ran",)
 
 
 def terse(*arguments, code=0, cwd=None):
@@ -48,13 +58,106 @@ def test_a_network_goes_through_every_command(home):
     assert sum(t["bytes"] for t in ledger["tensors"]) == ledger["bytes"] == (home / "a.terse").stat().st_size
     assert "error of the outputs" in terse("inspect", home / "a.terse", "--task", home / "task.py")
     assert "test metric" in terse("verify", home / "a.terse", "--task", home / "task.py")
-    for name in ("a.npz", "a.safetensors"):
+    for name in ("a.npz", "a.safetensors", "a.pt"):
         terse("unpack", home / "a.terse", "-o", home / name)
-    from safetensors.numpy import load_file
-
+    state = load_file(home / "a.safetensors")
     with np.load(home / "a.npz") as npz:
-        assert all(np.array_equal(npz[n], a) for n, a in load_file(home / "a.safetensors").items())
+        assert all(np.array_equal(npz[n], a) for n, a in state.items())
+    assert all(torch.equal(a, state[n]) for n, a in torch.load(home / "a.pt").items())
     assert "deep-compression" in terse("recipes")
+
+
+FLOATS = ["float16", "bfloat16", "float32", "float64"]
+TYPES = [*FLOATS, "float8_e4m3fn", "float8_e5m2", "uint8", "uint16", "int64", "bool"]
+
+
+def test_types_shapes_and_metadata_go_through_every_command(home):
+    torch.manual_seed(0)
+    state = {}
+    for kind in TYPES:
+        for shape in ((40, 40), (70,), (), (0, 3)):
+            state[f"{kind}{len(shape)}"] = (torch.randn(shape) > 0).to(getattr(torch, kind))
+        if kind in FLOATS:
+            state[f"{kind}2"] = torch.randn(40, 40).to(getattr(torch, kind))
+    save_file(state, home / "m.safetensors", {"format": "pt", "trained by": "Łukasz"})
+    torch.save({"model": state, "epoch": 3}, home / "m.pt")
+    terse("compress", home / "m.safetensors", "--recipe", home / "pack.yaml", "-o", home / "a.terse")
+    terse("compress", home / "m.pt", "--recipe", home / "pack.yaml", "-o", home / "b.terse")
+    for file in ("a.terse", "b.terse"):
+        for source in ("m.safetensors", "m.pt"):
+            assert "no worse" in terse("verify", home / file, "--against", home / source)
+    terse("unpack", home / "a.terse", "-o", home / "back.safetensors")
+    terse("unpack", home / "a.terse", "-o", home / "back.pt")
+    with safe_open(home / "back.safetensors", "pt") as back:
+        assert back.metadata() == {"format": "pt", "trained by": "Łukasz"}
+        pairs = [(value, back.get_tensor(n), torch.load(home / "back.pt")[n]) for n, value in state.items()]
+    for value, *found in pairs:
+        for other in found:
+            assert other.dtype == value.dtype and other.shape == value.shape
+            if value.dim() < 2 or value.dtype in (torch.uint8, torch.bool, torch.float8_e5m2):
+                assert torch.equal(other.float(), value.float())
+    other = state | {"bfloat162": -state["bfloat162"]}
+    save_file(other, home / "other.safetensors")
+    assert "bfloat162: the error is 1.9" in terse(
+        "verify", home / "a.terse", "--against", home / "other.safetensors", code=1
+    )
+
+
+def test_metadata_counts_towards_the_size_and_is_left_out_where_it_is_too_long(home):
+    state = {"w": torch.randn(60, 60, generator=torch.Generator().manual_seed(0))}
+    save_file(state, home / "m.safetensors", {"format": "pt", "note": "x" * 100})
+    for budget in (("--size", 2000), ("--ratio", "7.2")):
+        terse("compress", home / "m.safetensors", *budget, "-o", home / "m.terse")
+        assert load(home / "m.terse").meta["metadata"]["format"] == "pt" and (home / "m.terse").stat().st_size <= 2000
+    save_file(state, home / "m.safetensors", {"note": "x" * 70_000})
+    terse("compress", home / "m.safetensors", "--size", 2000, "-o", home / "m.terse")
+    assert load(home / "m.terse").meta == {}
+
+
+def test_a_task_takes_its_weights_from_a_checkpoint(home):
+    exec(TASK, space := {})
+    model = space["task"]().model
+    torch.save({"state_dict": model.state_dict()}, home / "m.pt")
+    job = ("--task", home / "task.py", "--recipe", home / "pack.yaml", "-o", home / "m.terse")
+    assert "test metric" in terse("compress", home / "m.pt", *job)
+    torch.save({f"module.{n}": v for n, v in model.state_dict().items()}, home / "m.pt")
+    said = terse("compress", home / "m.pt", *job, code=2)
+    assert "does not fit the task's model" in said and len(said.splitlines()) == 1
+    terse("compress", home / "net.npz", "--recipe", home / "pack.yaml", "-o", home / "n.terse")
+    said = terse("verify", home / "n.terse", "--task", home / "task.py", code=2)
+    assert "Error(s) in loading state_dict" in said and len(said.splitlines()) == 1
+
+
+def test_names_of_tensors_are_no_arguments(home):
+    np.savez(home / "odd.npz", **{"allow_pickle/w": np.ones(3), "a.b": np.ones(2)})
+    save_file({"file": torch.ones(3), "self": torch.ones(2), "": torch.ones(1)}, home / "odd.safetensors")
+    for source in ("odd.npz", "odd.safetensors"):
+        terse("compress", home / source, "--recipe", home / "pack.yaml", "-o", home / "odd.terse")
+        terse("unpack", home / "odd.terse", "-o", home / "back.npz")
+        with np.load(home / "back.npz") as back:
+            assert set(back.files) == set(load(home / "odd.terse").tensors)
+
+
+def test_unpacking_that_fails_leaves_the_old_file_alone(home):
+    terse("compress", home / "net.npz", "--recipe", home / "pack.yaml", "-o", home / "n.terse")
+    (home / "out").mkdir()
+    (home / "out" / "back.npz").write_text("old")
+    (home / "out" / "folder.npz").mkdir()
+    script = (
+        "import resource, signal, sys; from tersenet import cli\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "cli.main()\n"
+    )
+    for end in ("npz", "safetensors", "pt"):
+        command = [sys.executable, "-c", script, "unpack", home / "n.terse", "-o", home / "out" / f"back.{end}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "File too large" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "folder.npz" in terse("unpack", home / "n.terse", "-o", home / "out" / "folder.npz", code=2)
+    assert "no such folder" in terse("unpack", home / "n.terse", "-o", home / "no" / "b.npz", code=2)
+    assert "ends in .safetensors, .pt or .npz" in terse("unpack", home / "n.terse", "-o", home / "out" / "b.h5", code=2)
+    assert sorted(p.name for p in (home / "out").iterdir()) == ["back.npz", "folder.npz"]
+    assert (home / "out" / "back.npz").read_text() == "old"
 
 
 def test_arrays_alone_are_packed_and_verified_against_the_source(home):
@@ -69,7 +172,11 @@ def test_arrays_alone_are_packed_and_verified_against_the_source(home):
 
 
 def errors(home):
-    np.savez(home / "nan.npz", w=np.full((9, 9), np.nan, np.float32))
+    np.savez(home / "odd.npz", w=np.ones(3), dates=np.array(["2024-01-01"], "datetime64[D]"))
+    torch.save({"w": torch.ones(2), "x": Code()}, home / "code.pt")
+    torch.save({"net": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}}, home / "two.pt")
+    (home / "cut.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    (home / "folder").mkdir()
     (home / "bad.terse").write_bytes(b"TERSE\1 not a file at all........")
     (home / "new.terse").write_bytes(b"TERSE\7" + bytes(100))
     (home / "text.npz").write_text("hello")
@@ -77,7 +184,18 @@ def errors(home):
     pack = ("--recipe", home / "pack.yaml")
     return [
         (("compress", *pack, "-o", home / "x.terse"), 2, "nothing to compress"),
-        (("compress", home / "nan.npz", *pack, "-o", home / "x.terse"), 2, "w: holds NaN"),
+        (
+            ("compress", home / "odd.npz", *pack, "-o", home / "x.terse"),
+            2,
+            "dates: cannot store datetime64[D]; convert",
+        ),
+        (("compress", home / "code.pt", *pack, "-o", home / "x.terse"), 2, "code in a checkpoint is never run"),
+        (("compress", home / "two.pt", *pack, "-o", home / "x.terse"), 2, "more than one network (net, ema)"),
+        (("compress", home / "cut.safetensors", *pack, "-o", home / "x.terse"), 2, "not a whole safetensors file"),
+        (("compress", home / "folder", *pack, "-o", home / "x.terse"), 2, "holds none of model.safetensors"),
+        (("compress", home / "net.npz", "--ratio", "nan", "-o", home / "x.terse"), 2, "--ratio is a number"),
+        (("compress", home / "net.npz", "--size", "0", "-o", home / "x.terse"), 2, "size is above 0"),
+        (("compress", home / "net.npz", *pack, "--size", "10", "-o", home / "x.terse"), 1, "the budget allows 10"),
         (("compress", home / "text.npz", *pack, "-o", home / "x.terse"), 2, "not an .npz file"),
         (("compress", home / "gone.npz", *pack, "-o", home / "x.terse"), 2, "No such file"),
         (("compress", home / "net.npz", *pack, "-o", home / "no" / "x.terse"), 2, "no such folder"),

@@ -9,17 +9,23 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "", "task": "", "native": "", "allocators": "task", "information": "",
+    "packed": "", "data": "", "operations": "", "native": "", "information": "",
+    "task": "data", "likelihood": "task data", "allocators": "task",
     "codecs": "native", "container": "packed codecs",
-    "artifact": "container packed codecs", "methods": "packed native codecs", "calibrate": "task",
-    "recipe": "packed task artifact", "stages": "recipe methods calibrate packed task artifact allocators",
-    "papers": "stages methods allocators recipe", "promise": "artifact calibrate packed papers recipe stages task",
+    "norms": "container", "artifact": "container packed codecs norms", "methods": "packed native codecs",
+    "calibrate": "task data likelihood operations",
+    "recipe": "packed task artifact norms",
+    "stages": "recipe methods calibrate packed task artifact allocators data likelihood operations norms",
+    "papers": "stages methods allocators recipe",
+    "promise": "artifact calibrate likelihood packed papers recipe stages task",
     "recipe_file": "papers stages methods recipe",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
-    "cli": "papers report runtime recipe artifact codecs promise recipe_file",
+    "sources": "artifact",
+    "cli": "sources papers report runtime recipe artifact codecs promise recipe_file",
     "__init__": "artifact codecs recipe task promise papers",
 }  # fmt: skip
-TORCH = {"allocators", "methods", "calibrate", "task", "recipe", "stages", "promise", "threelc", "information"}
+TORCH = {"allocators", "methods", "calibrate", "task", "recipe", "stages", "promise", "threelc", "information",
+         "norms", "data", "likelihood", "operations"}  # fmt: skip
 
 
 def imports(file: Path):

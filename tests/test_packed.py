@@ -10,6 +10,7 @@ from tersenet.packed import (
     NODES,
     Codebook,
     Factored,
+    Reshaped,
     Sliced,
     Sparse,
     Transformed,
@@ -86,12 +87,74 @@ def test_the_transform_is_orthonormal():
     assert np.allclose(unpack(Transformed(coefficients)), w, atol=1e-5)
 
 
-def test_three_nodes_are_deep_enough():
-    deep = Transformed(Sparse(np.ones((3, 3), bool), Codebook(np.zeros(9, np.uint8), floats(1, 1))))
+def test_four_nodes_are_deep_enough():
+    kernel = Transformed(Sparse(np.ones((3, 3), bool), Codebook(np.zeros(9, np.uint8), floats(1, 1))))
+    deep = Reshaped(kernel, (3, 3), (1, 0), (3, 3))
     check_tree(deep)
-    deeper = Codebook(np.zeros(9, np.uint8), Uniform(np.ones((1, 1), np.int8), floats(1, 1)))
+    assert np.array_equal(unpack(load(Artifact({"w": Tensor(deep)}).to_bytes())["w"]), unpack(kernel).T)
     with pytest.raises(ValueError, match="nodes deep"):
-        check_tree(Transformed(Sparse(np.ones((3, 3), bool), deeper)))
+        check_tree(Reshaped(deep, (9,), (0,), (9,)))
+
+
+def test_a_reshaped_child_holds_the_dense_array_with_its_axes_in_another_order():
+    w = floats(6, 2, 3, 3)
+    for split, axes in (
+        (w.shape, (1, 0, 2, 3)),
+        ((2, 3, 2, 3, 3), (0, 2, 1, 3, 4)),
+        ((12, 9), (1, 0)),
+        ((108,), (0,)),
+    ):
+        child = w.reshape(split).transpose(axes)
+        for flat in (child, child.reshape(4, -1)):
+            tree = Reshaped(np.ascontiguousarray(flat), split, axes, w.shape)
+            check_tree(tree)
+            assert np.array_equal(unpack(tree), w)
+    assert unpack(Reshaped(floats(1, 1), (), (), ())).shape == ()
+    assert unpack(Reshaped(floats(0, 3), (3, 0), (1, 0), (0, 7))).shape == (0, 7)
+
+
+@pytest.mark.parametrize(
+    "split,axes,size",
+    [
+        ((2, 3), (0, 1), (2, 4)),
+        ((2, 4), (0, 1), (2, 3)),
+        ((2, 3), (0, 0), (2, 3)),
+        ((2, 3), (1,), (2, 3)),
+        ((2, 3), (-1, 0), (2, 3)),
+        ((2, 3), (1, 2), (2, 3)),
+        ((2, 3), (1.0, 0.0), (2, 3)),
+        ((2, 3), [1, 0], (2, 3)),
+        ([2, 3], (1, 0), (2, 3)),
+        ((2, 3), (1, 0), [2, 3]),
+        ((2, 3), (1, 0), (2.0, 3.0)),
+        ((-2, -3), (1, 0), (2, 3)),
+        ((2, 3), (1, 0), (-2, -3)),
+        ((2, 3) + (1,) * 7, tuple(range(9)), (2, 3)),
+        ((2, 3), (1, 0), (2, 3) + (1,) * 7),
+        (6, (0,), (2, 3)),
+        ((2, 3), None, (2, 3)),
+        ("23", (1, 0), (2, 3)),
+    ],
+)
+def test_a_reshaped_node_that_does_not_fit_is_refused(split, axes, size):
+    with pytest.raises(ValueError):
+        check_tree(Reshaped(floats(2, 3), split, axes, size))
+
+
+def test_hostile_shapes_are_refused_before_anything_is_allocated():
+    empty, huge = floats(0, 3), 1 << 62
+    for tree in (
+        Reshaped(floats(1, 1), (huge,), (0,), (huge,)),
+        Reshaped(empty, (0, huge), (0, 1), (0,)),
+        Reshaped(empty, (0,), (0,), (0, huge)),
+        Reshaped(np.zeros((2, 3), np.int8), (2, 3), (1, 0), (3, 2)),
+        Factored("ab->ab", (empty,), (0, huge)),
+        Factored("ab->ab", (floats(1, 1),), (1,) * 9),
+    ):
+        with pytest.raises(ValueError):
+            check_tree(tree)
+        with pytest.raises(ValueError):
+            Artifact({"w": Tensor(tree)}).to_bytes()
 
 
 BROKEN = {

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stages import make_task
+from torch import nn
 
 import tersenet as tn
-from tersenet import native
+from tersenet import calibrate, native
 from tersenet.methods.sparse import largest
 from tersenet.methods.surgeon import SparseGPT, refitted, removals, swept
+from tersenet.operations import Form
 from tersenet.packed import Sparse, unpack
 from tersenet.recipe import Draft, artifact_of
 from tersenet.stages.finetune import TrainLevels
@@ -84,9 +86,8 @@ def test_with_moments_of_one_the_surgeon_is_magnitude_pruning(task):
         w = unpack(draft.tensors[name].tree).astype(np.float64)
         rows = w.reshape(1, len(w), -1)
         n = rows.shape[2]
-        layers.append(
-            Layer(name, rows, np.ones(rows.shape, bool), np.eye(n)[None], np.eye(len(w))[None], np.zeros((1, n)))
-        )
+        units = np.eye(n)[None], np.eye(len(w))[None, None]
+        layers.append(Layer(name, Form.plain(w.shape), rows, np.ones(rows.shape, bool), *units, np.zeros((1, n))))
     found = OBS(0.2, "kronecker")._ranked(draft, layers)
     plain = Prune(0.2, 1, retrain="none")(draft, task)
     assert all(np.array_equal(found.tensors[n].tree.mask, plain.tensors[n].tree.mask) for n in draft.weights())
@@ -101,7 +102,7 @@ def test_every_order_hits_its_density_and_moves_what_survives(task, order):
     assert abs(kept - 0.3 * total) <= (len(draft.weights()) if order == "sweep" else 0.5)
     for name in draft.weights():
         tree = draft.tensors[name].tree
-        assert np.abs(tree.values - before.tensors[name].tree[tree.mask]).max() > 0
+        assert tree.mask.all() or np.abs(tree.values - before.tensors[name].tree[tree.mask]).max() > 0
     assert (draft.tensors["last.bias"].tree != before.tensors["last.bias"].tree).any()
     assert np.array_equal(draft.tensors["first.bias"].tree, before.tensors["first.bias"].tree)  # its weight is tied
 
@@ -179,3 +180,60 @@ def test_sparse_trees_are_what_pruning_makes(task):
         OBS(0.3, "best")
     with pytest.raises(ValueError, match="give a Task"):
         OBS(0.3)(draft, None)
+
+
+class Odd(nn.Module):
+    """Weights that lie in other ways than rows of inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.up = nn.Embedding(9, 8), nn.ConvTranspose1d(8, 12, 2, stride=2, groups=2)
+        self.grouped, self.plain = nn.Conv1d(12, 12, 3, groups=3), nn.Parameter(torch.randn(12, 6) / 3)
+        self.heads = nn.Parameter(torch.randn(2, 3, 10) / 2)
+
+    def forward(self, tokens):
+        x = torch.relu(self.grouped(torch.relu(self.up(self.tokens(tokens).transpose(1, 2)))))
+        x = torch.relu(x.mean(2) @ self.plain)
+        return torch.einsum("nhc,hcd->nd", x.unflatten(1, (2, 3)), self.heads)
+
+
+@pytest.mark.parametrize("most", [1 << 23, 60])
+@pytest.mark.parametrize(
+    "order,update", [("kronecker", "sum"), ("kronecker", "best"), ("exact", "best"), ("sweep", "best")]
+)
+def test_weights_of_every_form_are_pruned_and_wide_ones_by_blocks(order, update, most, monkeypatch):
+    monkeypatch.setattr(calibrate, "MOST", most)
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 9, (128, 5))
+    task = tn.Task(Odd(), (tokens, torch.randint(0, 10, (128,))))
+    before = Draft.of_model(task.model)
+    draft = OBS(0.6, order, update, samples=115)(before, task)
+    trees = [draft.tensors[name].tree for name in before.weights()]
+    assert all(isinstance(tree, Sparse) for tree in trees) and len(trees) == 5
+    kept, total = sum(int(tree.mask.sum()) for tree in trees), sum(tree.mask.size for tree in trees)
+    assert kept == pytest.approx(0.6 * total, abs=0.5 if order != "sweep" else 25)
+    inputs = task.calibration(115)
+
+    def far(draft):
+        with torch.no_grad():
+            pairs = [(draft.module().eval()(x), task.model.eval()(x)) for x in inputs]
+        return sum(float((a - b).square().sum()) for a, b in pairs)
+
+    plain = Prune(0.6, 1, retrain="none", scope="layer" if order == "sweep" else "global")(before, None)
+    if update == "best":
+        assert far(draft) < far(plain)
+
+
+def test_blocks_of_a_layer_are_laid_and_put_back():
+    rng = np.random.default_rng(0)
+    form = Form((2, 3, 5, 4), (0, 2, 1, 3), 2, 2)
+    w = rng.normal(size=(6, 5, 4))
+    matrix = form.matrix(w)  # [2, 5, 12]
+    units = np.tile(np.eye(5), (6, 1, 1)), np.tile(np.eye(2), (2, 3, 1, 1))
+    blank = np.zeros((6, 5, 5))
+    layer = Layer("w", form, blank, blank.astype(bool), *units, np.zeros((6, 5)))
+    laid = layer.laid(w)
+    assert laid.shape == (6, 5, 5) and layer.widths == [5, 5, 2] * 2 and layer.size == 120
+    assert np.array_equal(np.concatenate(list(laid[:3]), 1)[:, :12], matrix[0])
+    assert np.array_equal(layer.whole(laid).reshape(w.shape), w)
+    assert np.allclose(layer.moved(laid), laid) and np.array_equal(layer.stiffness, np.ones((6, 5, 5)))

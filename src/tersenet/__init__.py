@@ -9,9 +9,28 @@ from typing import Any
 from tersenet.artifact import Artifact, Coding, load
 from tersenet.codecs import FormatError
 
-__all__ = ["Artifact", "Budget", "Coding", "FormatError", "Schedule", "Task", "compress", "load", "papers", "verify"]
+__all__ = [
+    "Artifact",
+    "Budget",
+    "Coding",
+    "FormatError",
+    "Metric",
+    "Schedule",
+    "Task",
+    "compress",
+    "load",
+    "papers",
+    "verify",
+]
 
-_LATER = {"Budget": "recipe", "Schedule": "task", "Task": "task", "compress": "promise", "verify": "promise"}
+_LATER = {
+    "Budget": "recipe",
+    "Metric": "task",
+    "Schedule": "task",
+    "Task": "task",
+    "compress": "promise",
+    "verify": "promise",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,22 +17,26 @@ import numpy as np
 
 from tersenet.codecs.stream import FormatError
 from tersenet.container import (
-    CEILING,
     CODED,
+    DTYPES,
+    FLOATS,
     FORMATS,
     POOLED,
+    STAND_IN,
     Coding,
     File,
     Header,
     Memory,
     Source,
     Tensor,
+    as_type,
     decoded,
     write,
 )
 from tersenet.packed import Array, Packed, Tree
 
-__all__ = ["Artifact", "Coding", "FormatError", "Tensor", "load"]
+CHUNK = 1 << 20  # values that are compared at a time
+__all__ = ["FLOATS", "Artifact", "Coding", "FormatError", "Tensor", "load"]
 
 
 class Row(NamedTuple):
@@ -81,13 +86,28 @@ class Artifact:
     def into(self, module: Any) -> Any:
         """Load the tensors into a torch module of the same architecture and return it.
 
-        Raises RuntimeError, as torch does, where names or shapes differ.
+        Extra state (`get_extra_state`) that the file lacks stays the module's own. Raises RuntimeError, as torch
+        does, where names or shapes differ. Norms that are folded stay in evaluation form, whoever trains the module on.
         """
+        from tersenet.norms import folded_norms, hold
+
+        own = {n: v for n, v in module.state_dict().items() if n.rpartition(".")[2] == "_extra_state"}
+        module.load_state_dict(own | self.state_dict())
+        hold(module, folded_norms(self.tensors))
+        return module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every tensor as a new torch tensor of its own type, also bfloat16 and 8-bit floats; tied names share one."""
         import torch
 
-        state = {name: torch.from_numpy(np.array(a)) for name, a in self.unpack().items()}
-        module.load_state_dict(state)
-        return module
+        made: dict[int, Any] = {}
+        for tensor in self.tensors.values():
+            if id(tensor) not in made:
+                dense = tensor.unpack()
+                if tensor.dtype == "bfloat16":  # the upper half of float32; a cast would not keep every NaN
+                    dense = (dense.view(np.uint32) >> 16).astype(np.uint16)
+                made[id(tensor)] = torch.from_numpy(np.array(dense)).view(getattr(torch, tensor.dtype))
+        return {name: made[id(tensor)] for name, tensor in self.tensors.items()}
 
     def to_bytes(self) -> bytes:
         """The whole file. The same tensors and coding give the same bytes."""
@@ -100,8 +120,15 @@ class Artifact:
         """The exact size of the file."""
         return len(self.to_bytes())
 
-    def save(self, path: str | Path) -> None:
-        """Write the file atomically: after a crash the old file or the new one is there, whole."""
+    def save(self, path: str | Path, limit: int | None = None) -> None:
+        """Write the file atomically: after a crash the old file or the new one is there, whole.
+
+        Raises ValueError where `load` with the same `limit` would refuse to open it.
+        """
+        try:
+            Header.read(Memory(self.to_bytes()), limit)
+        except FormatError as wrong:
+            raise ValueError(f"{path}: {wrong}, and the same limit for save") from None
         write_atomically(Path(path), self.to_bytes())
 
     def ledger(self) -> list[Row]:
@@ -115,7 +142,7 @@ class Artifact:
 def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit: int | None = None) -> Artifact:
     """Open a file and decode it, or only the named tensors of it, without reading the others.
 
-    `limit` is how many decoded bytes are allowed; without it a thousand times the file's size (at least 16 MiB, at
+    `limit` is how many decoded bytes are allowed; without it a thousand times the file's size (at least 256 MiB, at
     most 4 GiB). Raises `FormatError` for anything but a whole, undamaged tersenet file.
     """
     if tensors is None and not isinstance(source, bytes):
@@ -180,7 +207,7 @@ def _alive(process: int) -> bool:
 
 
 def _ledger(data: bytes) -> list[Row]:
-    header = Header.read(Memory(data), CEILING)
+    header = Header.read(Memory(data), sys.maxsize)
     rows, seen = [], dict[int, str]()
     shrunk, pools = header.coded / max(header.plain, 1), {pool.form: pool for pool in header.pools}
     for name, tensor in header.tensors.items():
@@ -228,23 +255,87 @@ def ledger_text(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def as_stored(name: str, value: Any) -> tuple[Array, str]:
+    """A NumPy array or torch tensor as a `Tensor` holds it, and its type's name; may share memory with the value.
+
+    Raises ValueError, naming the tensor, for what is no dense array of a type that a file knows.
+    """
+    if hasattr(value, "data_ptr"):
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.is_meta or hasattr(value, "materialize"):  # the second: a lazy layer that never ran
+            raise ValueError(f"{name}: holds no data (a meta tensor or an unused lazy layer); load its weights first")
+        if value.layout != sys.modules["torch"].strided:
+            kind = f"{value.layout} {kind}".removeprefix("torch.")
+        value = value.detach().cpu() if kind in DTYPES else value
+        if kind in STAND_IN:
+            value = value.view(sys.modules["torch"].int16 if kind == "bfloat16" else sys.modules["torch"].uint8)
+        array: Array = value.numpy() if kind in DTYPES else None
+    else:
+        array = np.asarray(value)
+        kind = array.dtype.newbyteorder("=").name
+    if kind not in DTYPES:
+        raise ValueError(f"{name}: cannot store {kind}; convert it to dense numbers of up to 64 bits, or leave it out")
+    if kind == "bfloat16":
+        return np.asarray(np.left_shift(array.view(np.uint16), 16, dtype=np.uint32)).view(np.float32), kind
+    return array.view(np.uint8) if kind in STAND_IN else array.astype(kind, copy=False), kind
+
+
 def errors_against(artifact: Artifact, original: Mapping[str, Array]) -> dict[str, float]:
-    """Relative L2 error of every tensor against the original; raises ValueError where names or shapes differ."""
+    """Relative L2 error of every tensor against the original's NumPy array or torch tensor.
+
+    It is 0 where the tensor is the original rounded to its own type. Raises ValueError where names or shapes differ.
+    """
     dense, errors = artifact.unpack(), {}
     if missing := sorted(set(dense) ^ set(original)):
         raise ValueError(f"{missing[0]}: in one of the two only")
     for name, array in dense.items():
-        was = np.asarray(original[name])
+        was, kind = as_stored(name, original[name])
+        own = artifact.tensors[name].dtype
         if was.shape != array.shape:
             raise ValueError(f"{name}: shape {array.shape}, but the original has {was.shape}")
-        errors[name] = relative_error(array, was)
+        alike = kind == own or (kind in FLOATS and own in FLOATS)
+        rounded = alike and bool(_same(array, as_type(was, own)).all())
+        errors[name] = 0.0 if rounded else relative_error(_numbers(array, own), _numbers(was, kind))
     return errors
 
 
 def relative_error(array: Array, original: Array) -> float:
-    """||original - array|| / ||original|| in float64; 0 where both hold the same bits, also for NaN."""
-    if array.tobytes() == original.astype(array.dtype).tobytes():
+    """||original - array|| / ||original|| in float64; nothing is too small or too large to be seen.
+
+    Values that are equal, NaN too, or become so in the type of `array`, differ by 0. Infinite where zeros came back as
+    something else, and where one of the two alone is NaN or infinite.
+    """
+    lost, whole = [], []
+    for begin in range(0, array.size, CHUNK):
+        now, was = (values.reshape(-1)[begin : begin + CHUNK] for values in (array, original))
+        with np.errstate(all="ignore"):
+            difference = now.astype(np.float64) - was.astype(np.float64)
+            difference[_same(now, was.astype(now.dtype))] = 0
+        lost.append(_norm(difference))
+        whole.append(_norm(was[np.isfinite(was)].astype(np.float64)))
+    error, norm = math.hypot(*lost), math.hypot(*whole)
+    if not error:
         return 0.0
-    was = original.astype(np.float64)
-    norm = float(np.linalg.norm(was))
-    return float(np.linalg.norm(array.astype(np.float64) - was)) / norm if norm else math.inf
+    return error / norm if norm and error < math.inf else math.inf
+
+
+def _norm(values: Array) -> float:
+    """The L2 norm, taken of values over their largest, whose squares neither vanish nor overflow."""
+    largest = float(np.abs(values).max(initial=0))
+    if not 0 < largest < math.inf:
+        return 0.0 if largest == 0 else math.inf
+    return largest * math.sqrt(np.square(values / largest).sum())
+
+
+def _same(array: Array, other: Array) -> Array:
+    """Where two arrays are equal, NaN to NaN too."""
+    return (array == other) | (np.isnan(array) & np.isnan(other))
+
+
+def _numbers(array: Array, dtype: str) -> Array:
+    """What the stored array stands for: 8-bit floats lie there as bytes, which torch can read."""
+    if dtype in FLOATS or dtype not in STAND_IN:
+        return array
+    import torch
+
+    return torch.from_numpy(np.array(array)).view(getattr(torch, dtype)).float().numpy()

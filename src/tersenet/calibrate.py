@@ -1,188 +1,342 @@
-"""Second moments of each layer's inputs and of the loss gradients at its outputs, streamed over batches.
+"""Second moments of what each weight multiplies and of the loss gradients at its results, streamed over batches.
 
-For a linear layer, or a convolution unrolled over its positions, with inputs u and output gradients g of one sample:
-A = E[mean over positions of u u^T] and G = E[(sum of g)(sum of g)^T], the gradients being of the log-likelihood of
-labels SAMPLED from the network's own prediction (the true Fisher of K-FAC, Martens and Grosse 2015; the sum over
-positions is the "reduce" form of Eschenhagen et al. 2023). Sums are float64. Batches are spread over the cores and
-added in order, so the number of threads changes nothing.
+For a weight that takes inputs u to results with gradients g: A = E[u u^T] and G = E[sum of g g^T over a sample], the
+gradients being of the log-likelihood of labels SAMPLED from the network's own prediction (the true Fisher of K-FAC,
+Martens and Grosse 2015). Where a weight is used at many positions or in many calls, A is the mean over all, and G
+the sum over those of a sample (the "expand" form of Eschenhagen et al. 2023). For convolutions G is made of the
+gradients summed over positions ("reduce"), and a part of the diagonal of the other form, which does not vanish where a
+norm behind the convolution makes the sum zero. Sums are float64. Batches are spread over the cores and added in order,
+so the number of threads changes nothing.
 
-A weight of another kind (of recurrent and attention layers, small embeddings, or one that is used without its layer)
-gets the nearest factors of its own gradient's moments: with D [rows, n] the gradient over a batch of sampled labels,
-which on average are independent, A is E[D^T D] and G is E[D D^T], scaled so that their traces' product is E |D|^2.
+An embedding's rows are looked up, so its row moments are how often that happens, weighed by the squared gradients
+there, and its column moments those of the gradients. A weight of another kind, or one that is hidden in a
+parametrization, gets the nearest factors of its own gradient's moments: with D [rows, n] the gradient over a batch of
+sampled labels, which on average are independent, A is E[D^T D] and G is E[D D^T], scaled so that their traces' product
+is E |D|^2.
+
+Moments that would hold more than `MOST` numbers are kept as diagonal blocks: memory and time are bounded in the widest
+layer. A weight that no result depends on has none.
 """
 
-import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersenet.task import Task, one_thread, progress
+from tersenet.data import samples
+from tersenet.likelihood import Likelihood
+from tersenet.operations import Form, Use, Watch
+from tersenet.task import Task, duplicate, one_thread, progress, spread
 
-BATCH = 16
-LARGEST = 1 << 19  # numbers in a batch, which has fewer samples where these are large
-WIDEST = 4096  # weights with more rows or columns than this, and no layer to watch, have no moments
-FLATTER = 2.0  # temperature of the distribution that labels are drawn from
+MOST = 1 << 23  # numbers in a moment: 64 MiB
+EXPANDED = 0.1  # how much of the other form's diagonal is added to the moments of a convolution's gradients
+FAR = 1e-3  # means whose squares are a thousand times what varies are subtracted: float32 squares would lose the rest
+SURE = 2  # labels drawn for moments over positions, of which there are many in a sample
 
 
 @dataclass(frozen=True)
 class Moments:
-    """A [groups, n, n] and mean [groups, n] of a layer's unrolled inputs, G [outputs, outputs] of its gradients."""
+    """A as blocks [groups, k, b, b] and means [groups, n] of a weight's inputs, G as blocks [groups, l, d, d].
 
+    Blocks lie side by side along n, and along the rows of a group; the last may go past the end, where it is zero.
+    `bias` is the name of what is added to all results of the weight, in its order.
+    """
+
+    form: Form
     inputs: Tensor
     means: Tensor
     outputs: Tensor
+    bias: str | None = None
+    positions: int = 1 << 20  # how many inputs were seen
+
+    @property
+    def whole(self) -> bool:
+        """Whether A is one block."""
+        return self.inputs.shape[1] == 1
 
 
-def moments(model: nn.Module, inputs: Tensor, task: Task, labels: int = 4, seed: int = 0) -> dict[str, Moments]:
-    """Moments by the name of each layer's weight, over `inputs` [samples, ...] and `labels` sampled labels for each.
+def blocks(n: int, groups: int, unit: int = 1) -> int:
+    """The width of the diagonal blocks of an [n, n] moment of so many groups, in multiples of `unit`."""
+    if groups * n * n <= MOST:
+        return n
+    most = max(1, MOST // (groups * n) // unit) * unit
+    count = -(-n // most)
+    return -(-n // (count * unit)) * unit
 
-    The model is read in evaluation mode and left as it was. Tied weights gather what all their layers see.
+
+@dataclass
+class Sums:
+    """What the uses of one run of a parameter's rows add up to.
+
+    `means` holds, for each call, the mean of its inputs, [groups, n], what was subtracted from them before their second
+    moments were taken for `inputs`, and how many they were.
     """
-    layers: dict[str, nn.Module] = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
-    }
-    size = max(1, min(BATCH, LARGEST // max(1, inputs[0].numel())))
-    batches = list(enumerate(inputs.split(size)))  # type: ignore[no-untyped-call]
-    training = model.training
-    model.eval()
-    sums: dict[str, list[Tensor]] = {}
-    with one_thread(), _watched(layers) as seen, ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(lambda part: _batch_sums(model, part[1], seen, task, (labels, seed + part[0])), batches)
-        for part in progress(parts, "calibrating", len(batches)):
-            _add(sums, part)
-    model.train(training)
-    return {name: _scaled(*(s / len(inputs) for s in found)) for name, found in sums.items()}
+
+    form: Form
+    first: int
+    inputs: Tensor
+    outputs: Tensor
+    means: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    biases: frozenset[str | None] = frozenset({None})
+
+    def add(self, other: "Sums") -> None:
+        self.inputs, self.outputs = self.inputs.double().add_(other.inputs), self.outputs.double().add_(other.outputs)
+        self.means, self.biases = self.means + other.means, self.biases | other.biases
+        self.extra = {name: part + other.extra[name] for name, part in self.extra.items()}
+
+    def around_zero(self) -> tuple[Tensor, Tensor]:
+        """The mean second moment around zero and the mean, over all positions of all calls."""
+        if not self.means:
+            return self.inputs.double(), torch.zeros(self.form.groups, self.form.columns, dtype=torch.double)
+        total, moment = max(1, sum(count for *_, count in self.means)), self.inputs.double()
+        shifted = [shift * math.sqrt(count) for _, shift, count in self.means if bool(shift.any())]
+        if shifted:
+            moment = moment + _gram(torch.stack(shifted, 1), math.prod(self.form.kernel))
+        mean: Tensor = sum(mean * (count / total) for mean, _, count in self.means)  # type: ignore[assignment]
+        return moment / total, mean
 
 
-def _scaled(inputs: Tensor, means: Tensor, outputs: Tensor) -> Moments:
-    """Where sums of gradients stand for a layer's inputs (their means are empty), the scale is shared out."""
-    if means.numel():
-        return Moments(inputs, means, outputs)
-    size = inputs.diagonal(dim1=1, dim2=2).sum().clamp_min(1e-300)
-    return Moments(
-        inputs / size * inputs.shape[1], torch.zeros(inputs.shape[:2], dtype=inputs.dtype), outputs / inputs.shape[1]
-    )
+Found = dict[tuple[str, int, str], Sums]
 
 
-def _add(sums: dict[str, list[Tensor]], more: dict[str, list[Tensor]]) -> None:
-    for name, parts in more.items():
-        sums[name] = [a + b for a, b in zip(sums[name], parts)] if name in sums else parts
+def moments(
+    task: Task, model: nn.Module, batches: Sequence[Any], likelihood: Likelihood, labels: int = 4, seed: int = 0
+) -> dict[str, Moments]:
+    """Moments by the name of each parameter, over batches of inputs and `labels` sampled labels for each sample.
+
+    The model is read in evaluation mode and left as it was. Tied weights gather what all their uses see.
+    """
+    count = sum(map(samples, batches))
+
+    def one(job: tuple[int, Any]) -> Found:
+        return _batch_sums(task, model, job[1], likelihood, labels, seed + job[0])
+
+    total: Found = {}
+    with one_thread():
+        for part in progress(spread(one, enumerate(batches)), "calibrating", len(batches)):
+            for key, sums in part.items():
+                if key in total:
+                    total[key].add(sums)
+                else:
+                    total[key] = sums
+        parts: dict[str, list[Moments]] = {}
+        for (name, _, kind), sums in total.items():
+            made = _scaled(sums, kind, count)
+            if all(float(part.diagonal(dim1=2, dim2=3).sum()) > 0 for part in (made.inputs, made.outputs)):
+                parts.setdefault(name, []).append(made)
+        sized = dict(model.named_parameters(remove_duplicate=False))
+        return {name: _merged(found) for name, found in parts.items() if name in sized}
 
 
-Seen = Callable[[], dict[str, list[tuple[nn.Module, Tensor, Tensor]]]]
-
-
-@contextmanager
-def _watched(layers: dict[str, nn.Module]) -> Iterator[Seen]:
-    """While it lasts, each thread's forward passes leave (layer, input, output) by name in that thread's record."""
-    local = threading.local()
-
-    def record() -> dict[str, list[tuple[nn.Module, Tensor, Tensor]]]:
-        if not hasattr(local, "seen"):
-            local.seen = {}
-        return local.seen  # type: ignore[no-any-return]
-
-    def hook(name: str) -> Any:
-        def keep(layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-            record().setdefault(name, []).append((layer, given[0].detach(), out))
-
-        return keep
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _batch_sums(
-    model: nn.Module, x: Tensor, seen: Seen, task: Task, chance: tuple[int, int]
-) -> dict[str, list[Tensor]]:
-    labels, seed = chance
+def _batch_sums(task: Task, model: nn.Module, inputs: Any, likelihood: Likelihood, labels: int, seed: int) -> Found:
+    """The sums over one batch, by parameter, first row and kind of use."""
     generator = torch.Generator().manual_seed(seed)
-    record = seen()
-    record.clear()
-    with torch.enable_grad():
-        logits = model(x.clone().requires_grad_() if x.is_floating_point() else x)
-    calls = [(name, *call) for name, passes in record.items() for call in passes]
-    record.clear()
-    others = _unwatched(model, [layer for _, layer, *_ in calls])
-    asked = [out for *_, out in calls] + list(others.values())
-    gradients: list[list[Tensor]] = []
+    own = _free(task.running(model))
+    with Watch(own) as watch:
+        outputs = task.outputs(own, inputs)
+    uses = watch.uses
+    known = {use.name for use in uses}
+    others = {n: p for n, p in own.named_parameters() if p.dim() > 1 and p.numel() and n not in known}
+    asked = [use.out for use in uses] + list(others.values())
+    collected = [_Collected(use) for use in uses]
+    rest: Found = {}
     for turn in range(labels):
-        loss = _sampled_loss(logits, task, generator)
+        with torch.enable_grad():
+            loss = likelihood.sampled_loss(outputs, generator)
+        if not loss.requires_grad:
+            raise ValueError("the outputs do not depend on any weight: look at what Task(forward=...) returns")
         found = torch.autograd.grad(loss, asked, retain_graph=turn + 1 < labels, allow_unused=True)
-        full = [torch.zeros_like(o) if g is None else g for g, o in zip(found, asked)]
-        watched = [_summed(layer, g) for (_, layer, *_), g in zip(calls, full)]  # at once: the whole takes gigabytes
-        gradients.append([*watched, *(g.flatten(1) for g in full[len(calls) :])])
-    sums: dict[str, list[Tensor]] = {}
-    for k, (name, layer, given, _) in enumerate(calls):
-        reduced = torch.cat([turn[k] for turn in gradients]).double()
-        _add(sums, {f"{name}.weight".lstrip("."): [*input_moments(layer, given), reduced.T @ reduced / labels]})
-    for k, name in enumerate(others, len(calls)):
-        d = torch.stack([turn[k] for turn in gradients]).double()
-        across, along = (d.transpose(1, 2) @ d).mean(0), (d @ d.transpose(1, 2)).mean(0)
-        _add(sums, {name: [across[None], torch.empty(0), along]})
-    return sums
+        for part, gradient in zip(collected, found[: len(uses)], strict=True):
+            if gradient is not None:
+                part.take(gradient.detach(), turn)
+        for (name, parameter), gradient in zip(others.items(), found[len(uses) :], strict=True):
+            if gradient is not None:
+                sums = _of_gradient(Form.plain(tuple(parameter.shape)), gradient.detach(), labels)
+                _put(rest, (name, 0, "gradient"), sums)
+        del found
+    for use, part in zip(uses, collected, strict=True):
+        kind = "tokens" if use.tokens is not None else "pooled" if use.pooled else "expanded"
+        if part.turns:
+            _put(rest, (use.name, use.first, kind), part.sums())
+    return rest
 
 
-def _unwatched(model: nn.Module, layers: list[nn.Module]) -> dict[str, Tensor]:
-    """The weights of two axes or more that none of the watched layers holds."""
-    known = {id(layer.weight) for layer in layers}
-    found = {n: p for n, p in model.named_parameters() if p.dim() > 1 and p.requires_grad and id(p) not in known}
-    return {n: p for n, p in found.items() if p.numel() and max(len(p), p[0].numel()) <= WIDEST}
+def _free(model: nn.Module) -> nn.Module:
+    """The same weights as parameters of their own that take gradients, frozen ones too."""
+    fresh = {id(p): nn.Parameter(p.detach(), requires_grad=True) for p in model.parameters() if p.is_floating_point()}
+    return duplicate(model, fresh)
 
 
-def _sampled_loss(outputs: Tensor, task: Task, generator: torch.Generator) -> Tensor:
-    """Minus the log-likelihood of outputs drawn from the model: classes for cross entropy, else unit Gaussians.
-
-    Classes are drawn from the flatter softmax(z / 2) and weighted back by the root of the ratio of the two (squared
-    gradients then have the right mean): a network that is sure of its training data would hardly ever draw the rare
-    classes that carry most of its Fisher information.
-    """
-    if task.loss is F.cross_entropy:
-        scores = outputs.movedim(1, -1).reshape(-1, outputs.shape[1])
-        sure, flat = scores.detach().log_softmax(1), (scores.detach() / FLATTER).softmax(1)
-        drawn = torch.multinomial(flat, 1, generator=generator)
-        weight = (0.5 * (sure - flat.log()).gather(1, drawn)[:, 0]).exp()
-        return (weight * F.cross_entropy(scores, drawn[:, 0], reduction="none")).sum()
-    return (outputs * torch.randn(outputs.shape, generator=generator)).sum()
-
-
-def _summed(layer: nn.Module, gradient: Tensor) -> Tensor:
-    """Output gradients summed over positions: [samples, outputs]."""
-    if isinstance(layer, nn.Conv2d):
-        return gradient.flatten(2).sum(2)
-    return gradient.reshape(len(gradient), -1, gradient.shape[-1]).sum(1)
-
-
-def input_moments(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over samples of the means over positions of u u^T [groups, n, n] and of u [groups, n], in float64.
-
-    Columns lie as in the flattened weight.
-    """
-    if not isinstance(layer, nn.Conv2d):
-        flat = x.reshape(-1, x.shape[-1])
-        share = len(x) / len(flat)
-        return (flat.T @ flat).double()[None] * share, flat.double().sum(0)[None] * share
-    x = F.pad(
-        x, layer._reversed_padding_repeated_twice, "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    )
-    groups, channels = layer.groups, layer.in_channels // layer.groups
-    if layer.kernel_size == (1, 1):
-        x = x[:, :, :: layer.stride[0], :: layer.stride[1]]
-        rows = x.reshape(len(x), groups, channels, -1)
+def _put(found: Found, key: tuple[str, int, str], sums: Sums) -> None:
+    if key in found:
+        found[key].add(sums)
     else:
-        rows = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)
-        rows = rows.reshape(len(x), groups, channels * layer.kernel_size[0] * layer.kernel_size[1], -1)
-    positions = rows.shape[3]
-    rows = rows.permute(1, 2, 0, 3).reshape(groups, rows.shape[2], -1)
-    return (rows @ rows.transpose(1, 2)).double() / positions, rows.double().sum(2) / positions
+        found[key] = sums
+
+
+class _Collected:
+    """One use, and what the gradients of each drawn label add to it."""
+
+    def __init__(self, use: Use) -> None:
+        self.use, self.turns = use, 0
+        self.outputs: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+        self.energy: Tensor | float = 0.0
+        self.counted = 0
+        self.touched: Tensor | None = None
+
+    def take(self, gradient: Tensor, turn: int) -> None:
+        self.turns += 1
+        use, g = self.use, self.use.results(gradient).float()
+        if use.pooled:  # [groups, samples, positions, rows]
+            self.squares = self.squares + g.square().sum((1, 2)).double().cpu()
+            self.outputs = self.outputs + _gram(g.sum(2), 1)
+            self.counted += 1
+            return
+        energy = g.square().sum(2)  # [groups, positions]
+        there = (g != 0).any(2).any(0)
+        self.touched = there if self.touched is None else self.touched | there
+        if use.tokens is not None:
+            self.energy = (
+                self.energy + torch.zeros(use.form.rows).index_add_(0, use.tokens.cpu(), energy[0].cpu()).double()
+            )
+        if turn < SURE or g.shape[1] <= 64:
+            self.outputs = self.outputs + _gram(g, 1)
+            self.counted += 1
+
+    def sums(self) -> Sums:
+        use, form = self.use, self.use.form
+        outputs = torch.as_tensor(self.outputs) / self.counted
+        if use.tokens is not None:
+            seen = torch.bincount(use.tokens.cpu(), minlength=use.form.rows).double()
+            rows = torch.as_tensor(self.energy) / self.turns
+            return Sums(form, 0, outputs, rows[None, :, None, None], extra={"seen": seen})
+        assert use.inputs is not None
+        u = use.unrolled(use.inputs)
+        if not use.pooled and self.touched is not None and not bool(self.touched.all()):
+            u = u[:, self.touched]  # what no gradient reaches, such as padding, says nothing
+        unit = math.prod(form.kernel)
+        extra = {}
+        if use.pooled:
+            extra["squares"] = torch.as_tensor(self.squares) / self.turns
+        mean = (u.new_ones(len(u), 1, u.shape[1]) @ u)[:, 0] / max(1, u.shape[1])
+        inputs = _gram(u.float(), unit)
+        varying = (
+            inputs.diagonal(dim1=2, dim2=3).mean().double() / max(1, u.shape[1]) - mean.double().square().mean().cpu()
+        )
+        shift = torch.zeros_like(mean)
+        if FAR * float(varying) < float(mean.double().square().mean()):
+            shift, inputs = mean, _gram((u - mean[:, None]).float(), unit)
+        means = [(mean.double().cpu(), shift.double().cpu(), u.shape[1])]
+        return Sums(form, use.first, inputs, outputs, means, extra, frozenset({use.bias}))
+
+
+def _gram(rows: Tensor, unit: int) -> Tensor:
+    """Sums of u u^T over rows [groups, positions, n], as diagonal blocks [groups, k, b, b]."""
+    groups, count, n = rows.shape
+    peak = float(rows.abs().max()) if rows.numel() else 0.0
+    if not 1e-12 < peak < 1e12:  # squares that float32 cannot hold
+        rows = rows.double()
+    width = blocks(n, groups, unit)
+    if width == 1:
+        return rows.square().sum(1).cpu()[..., None, None]
+    number = -(-n // width)
+    if number * width > n:
+        rows = torch.nn.functional.pad(rows, (0, number * width - n))
+    parts = rows.reshape(groups, count, number, width).transpose(1, 2)
+    return (parts.transpose(2, 3) @ parts).cpu()
+
+
+def _of_gradient(form: Form, gradient: Tensor, labels: int) -> Sums:
+    """The factors of a parameter's own gradient, of one drawn label of `labels`."""
+    d = form.matrix(gradient.to_dense() if gradient.layout != torch.strided else gradient).float()
+    across, along = _gram(d, math.prod(form.kernel)) / labels, _gram(d.transpose(1, 2).contiguous(), 1) / labels
+    return Sums(form, 0, across, along)
+
+
+def _scaled(sums: Sums, kind: str, count: int) -> Moments:
+    """The moments that sums over `count` samples make."""
+    form, bias = sums.form, next(iter(sums.biases)) if len(sums.biases) == 1 else None
+    outputs = sums.outputs.double() / count
+    inputs, means = sums.around_zero()
+    if kind == "gradient":
+        size = inputs.diagonal(dim1=2, dim2=3).sum().clamp_min(1e-300)
+        return Moments(form, inputs / size * form.columns, means, outputs / form.columns)
+    if kind == "tokens":
+        return _looked_up(sums, count)
+    if "squares" in sums.extra:
+        more = EXPANDED * sums.extra["squares"] / count  # [groups, rows]
+        width = outputs.shape[-1]
+        padded = torch.nn.functional.pad(more, (0, outputs.shape[1] * width - more.shape[1]))
+        outputs = outputs + torch.diag_embed(padded.reshape(len(more), -1, width))
+    whole = form.rows * form.groups
+    if outputs.shape[0] * outputs.shape[1] * outputs.shape[2] < whole and form.groups == 1:
+        outputs = _placed(outputs, sums.first, whole)
+    return Moments(form, inputs, means, outputs, bias, sum(number for *_, number in sums.means))
+
+
+def _looked_up(sums: Sums, count: int) -> Moments:
+    """An embedding: its rows' moments are how often they are looked up, smoothed for tokens that were not seen.
+
+    Tokens seen once tell how much of what comes is unseen so far (Good 1953); that is shared out evenly.
+    """
+    seen, energy, size = sums.extra["seen"], sums.outputs[0, :, 0, 0], _trace(sums.inputs)
+    unseen = min(0.5, max(0.01, float((seen == 1).sum() / seen.sum().clamp_min(1))))
+    often = (1 - unseen) * energy / energy.sum().clamp_min(1e-300) + unseen / len(energy)
+    width = sums.form.columns
+    outputs = often * (size / count / width)
+    means = torch.zeros(1, width, dtype=torch.double)
+    return Moments(sums.form, sums.inputs.double() * (width / size), means, outputs[None, :, None, None])
+
+
+def _placed(outputs: Tensor, first: int, whole: int) -> Tensor:
+    """Row moments of a run of rows among those of the whole parameter."""
+    size = outputs.shape[1] * outputs.shape[2]
+    if outputs.shape[2] == 1 or blocks(whole, 1) < whole:
+        found = torch.zeros(1, whole, 1, 1, dtype=outputs.dtype)
+        found[0, first : first + size, 0, 0] = outputs.diagonal(dim1=2, dim2=3).reshape(-1)[:size]
+        return found
+    found = torch.zeros(1, 1, whole, whole, dtype=outputs.dtype)
+    found[0, 0, first : first + size, first : first + size] = outputs[0, 0]
+    return found
+
+
+def _merged(found: list[Moments]) -> Moments:
+    """The moments of a parameter from those of its kinds of use: the sum's nearest factors.
+
+    A sum of Kronecker products is one where either factor is the same in all; else traces weigh them.
+    """
+    if len(found) == 1:
+        return found[0]
+    energies = [_trace(one.inputs) * _trace(one.outputs) for one in found]
+    main = found[max(range(len(found)), key=energies.__getitem__)]
+    same = [
+        k for k, one in enumerate(found)
+        if one.form.axes == main.form.axes and one.inputs.shape == main.inputs.shape
+        and one.form.ordered == main.form.ordered
+    ]  # fmt: skip
+    if len({found[k].outputs.shape for k in same}) > 1:
+        found = [_diagonal(one) for one in found]
+    total = sum(energies[k] for k in same)
+    sizes = {k: _trace(found[k].outputs) for k in same}
+    inputs = sum(found[k].inputs * (sizes[k] / sum(sizes.values())) for k in same)
+    means = sum(found[k].means * (sizes[k] / sum(sizes.values())) for k in same)
+    outputs = sum(found[k].outputs * (_trace(found[k].inputs)) for k in same) / _trace(torch.as_tensor(inputs))
+    outputs = outputs * (sum(energies) / total)
+    biases = {one.bias for one in found}
+    alike = len(same) == len(found) and all(torch.allclose(found[k].means, main.means, rtol=1e-4) for k in same)
+    bias = biases.pop() if alike and len(biases) == 1 else None  # with other means it would take up other errors
+    return Moments(main.form, torch.as_tensor(inputs), torch.as_tensor(means), torch.as_tensor(outputs), bias)
+
+
+def _trace(blocks_: Tensor) -> float:
+    return max(float(blocks_.diagonal(dim1=2, dim2=3).sum()), 1e-300)
+
+
+def _diagonal(one: Moments) -> Moments:
+    rows = one.outputs.diagonal(dim1=2, dim2=3).reshape(len(one.outputs), -1)[:, : one.form.rows]
+    return Moments(one.form, one.inputs, one.means, rows[..., None, None], one.bias)

@@ -4,24 +4,32 @@ Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one lin
 """
 
 import importlib.util
+import io
 import json
+import math
 import sys
+import textwrap
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from tersenet.artifact import load
+from tersenet.artifact import Artifact, load, write_atomically
 from tersenet.codecs import FormatError
+from tersenet.sources import Checkpoint, read
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 SOURCE = Annotated[
-    Path | None, typer.Argument(help="A .safetensors or .npz file; left out where the task brings the model")
+    Path | None,
+    typer.Argument(
+        help="A checkpoint: .safetensors, .npz, .pt, .pth or .bin, an index of shards, or a Hugging Face folder;"
+        " left out where the task brings the model"
+    ),
 ]
+METADATA_CAP = 60_000  # bytes of a checkpoint's own text that are kept; a file's notes hold 64 KiB in all
 FILE = Annotated[Path, typer.Argument(help="A .terse file")]
 TASK = Annotated[Path | None, typer.Option("--task", help="Your Python file with a function task() -> tersenet.Task")]
 
@@ -41,24 +49,36 @@ def compress_command(
 
     [dim]terse compress --task task.py --recipe deep-compression -o lenet.terse[/dim]
     """
+    from dataclasses import replace
+
     from tersenet.promise import compress
     from tersenet.recipe import Budget
     from tersenet.recipe_file import find_recipe
 
     given = {"size": size, "ratio": ratio, "drop": drop}
+    if wrong := [n for n, v in given.items() if isinstance(v, float) and not math.isfinite(v)]:
+        raise ValueError(f"--{wrong[0]} is a number, e.g. 8")
     budget = Budget(**given) if any(v is not None for v in given.values()) else None  # type: ignore[arg-type]
-    if not output.resolve().parent.is_dir():
-        raise ValueError(f"{output.parent}: no such folder to write to")
+    _check_folder(output)
     job: Any = _task(task) if task else None
+    checkpoint = read(source) if source is not None else Checkpoint({})
     if source is not None:
-        state = read_state(source)
-        job = state if job is None else _with_state(job, state, source)
+        job = checkpoint.tensors if job is None else _with_state(job, checkpoint, source)
     if job is None:
         raise ValueError("nothing to compress: give a SOURCE file, or --task with your model")
-    result = compress(job, find_recipe(recipe, seed) if recipe else None, budget)
-    result.artifact.save(output)
+    notes = _metadata(checkpoint)
+    if notes and budget is not None and budget.drop is None:
+        state = checkpoint.tensors if task is None else job.model.state_dict()
+        most = budget.bytes_for(sum({t.data_ptr(): t.numel() for t in state.values()}.values())) or 0
+        budget = Budget(size=max(1, most - len(json.dumps(notes)) - 8))  # the bytes of the notes are the file's too
+    artifact = (result := compress(job, find_recipe(recipe, seed) if recipe else None, budget)).artifact
+    artifact = Artifact(artifact.tensors, artifact.coding, artifact.meta | notes)
+    artifact.save(output)
+    result = replace(result, artifact=artifact)
+    for word in checkpoint.words:
+        typer.echo(f"{source}: {word}", err=True)
     typer.echo(str(result))
-    typer.echo(f"wrote {output} ({result.artifact.nbytes:,} bytes). Next: terse verify {output}")
+    typer.echo(f"wrote {output} ({artifact.nbytes:,} bytes). Next: terse verify {output}")
 
 
 @app.command()
@@ -92,7 +112,7 @@ def inspect(
 @app.command()
 def verify(
     file: FILE,
-    against: Annotated[Path | None, typer.Option(help="The original .safetensors or .npz file")] = None,
+    against: Annotated[Path | None, typer.Option(help="The original checkpoint: a file or a folder")] = None,
     task: TASK = None,
 ) -> None:
     """Open the file afresh, check every byte, and measure its errors or its metric again."""
@@ -102,7 +122,7 @@ def verify(
         return
     from tersenet.promise import verify as prove
 
-    found = prove(file, read_state(against) if against else None, _task(task) if task else None)
+    found = prove(file, read(against).tensors if against else None, _task(task) if task else None)
     typer.echo(f"{file}: whole and undamaged, {found['bytes']:,} bytes, {found['tensors']} tensors")
     if "errors" in found:
         name = max(found["errors"], key=found["errors"].get)
@@ -114,20 +134,31 @@ def verify(
 @app.command()
 def unpack(
     file: FILE,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .safetensors or .npz file")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .safetensors, .pt or .npz file")],
 ) -> None:
-    """Write the dense weights to a .safetensors or .npz file."""
-    state = {name: np.ascontiguousarray(array) for name, array in load(file).unpack().items()}
+    """Write the dense weights, each in its type; .npz has bfloat16 as float32 and 8-bit floats as bytes."""
+    _check_folder(output)
+    artifact, buffer = load(file), io.BytesIO()
     if output.suffix == ".npz":
-        with output.open("wb") as opened:
-            np.savez(opened, **state)  # type: ignore[arg-type]
-    elif output.suffix == ".safetensors":
-        from safetensors.numpy import save_file
+        with zipfile.ZipFile(buffer, "w") as archive:  # np.savez takes some names for its own arguments
+            for name, array in artifact.unpack().items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+    elif output.suffix == ".pt":
+        import torch
 
-        save_file(state, output)
+        torch.save(artifact.state_dict(), buffer)
+    elif output.suffix == ".safetensors":
+        from safetensors.torch import save
+
+        state = {name: tensor.clone() for name, tensor in artifact.state_dict().items()}  # it holds no tied tensors
+        text = artifact.meta.get("metadata")
+        text = {str(key): str(value) for key, value in text.items()} if isinstance(text, dict) else None
+        buffer.write(save(state, text))
     else:
-        raise ValueError(f"{output}: give a name that ends in .safetensors or .npz")
-    typer.echo(f"wrote {output} ({len(state)} tensors)")
+        raise ValueError(f"{output}: give a name that ends in .safetensors, .pt or .npz")
+    write_atomically(output, buffer.getvalue())
+    typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
 
 
 @app.command()
@@ -142,23 +173,18 @@ def recipes() -> None:
         typer.echo(f"{name}: {(paper.__doc__ or '').splitlines()[0]}\n    {settings}")
 
 
-def read_state(path: Path) -> Mapping[str, Any]:
-    """The tensors of a .safetensors or .npz file by name; raises ValueError for anything else."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The notes that carry a checkpoint's own text; what is too long is left out with a word."""
+    notes = {"metadata": checkpoint.metadata} if checkpoint.metadata else {}
+    if len(json.dumps(notes)) <= METADATA_CAP:
+        return notes
+    checkpoint.words.append(f"left out its metadata, which is over {METADATA_CAP:,} bytes")
+    return {}
 
-        try:
-            return load_file(path)
-        except SafetensorError as wrong:
-            raise ValueError(f"{path}: not a safetensors file: {wrong}") from None
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as opened:
-                return {name: opened[name] for name in opened.files}
-        except (zipfile.BadZipFile, ValueError, EOFError) as wrong:
-            raise ValueError(f"{path}: not an .npz file of plain arrays: {wrong}") from None
-    raise ValueError(f"{path}: give a .safetensors or .npz file")
+
+def _check_folder(output: Path) -> None:
+    if not output.resolve().parent.is_dir():
+        raise ValueError(f"{output.parent}: no such folder to write to")
 
 
 def _task(path: Path) -> Any:
@@ -173,13 +199,13 @@ def _task(path: Path) -> Any:
     return module.task()
 
 
-def _with_state(task: Any, state: Mapping[str, Any], source: Path) -> Any:
-    import torch
+def _with_state(task: Any, checkpoint: Checkpoint, source: Path) -> Any:
+    from tersenet.recipe import Draft, artifact_of
 
     try:
-        task.model.load_state_dict({name: torch.as_tensor(array) for name, array in state.items()})
+        artifact_of(Draft.of_arrays(checkpoint.tensors)).into(task.model)
     except RuntimeError as wrong:
-        raise ValueError(f"{source}: does not fit the task's model: {' '.join(str(wrong).split())}") from None
+        raise ValueError(f"{source}: does not fit the task's model: {wrong}") from None
     return task
 
 
@@ -192,7 +218,8 @@ def main() -> None:
     except Exception as wrong:
         if type(wrong).__name__ == "PromiseBroken":
             _stop(str(wrong), 1)
-        if isinstance(wrong, FormatError | ValueError | OSError | ImportError | KeyError | MemoryError):
+        misfit = isinstance(wrong, RuntimeError) and "loading state_dict" in str(wrong)
+        if misfit or isinstance(wrong, FormatError | ValueError | OSError | ImportError | KeyError | MemoryError):
             _stop(_line(wrong), 2)
         if hasattr(wrong, "format_message"):
             _stop(wrong.format_message(), 2)
@@ -202,7 +229,8 @@ def main() -> None:
 def _line(wrong: Exception) -> str:
     if isinstance(wrong, ImportError) and wrong.name in ("torch", "pydantic", "yaml", "safetensors"):
         return f"this needs {wrong.name}: pip install 'tersenet[torch]'"
-    return " ".join(str(wrong.args[0] if isinstance(wrong, KeyError) else wrong).split()) or type(wrong).__name__
+    text = str(wrong.args[0] if isinstance(wrong, KeyError) and wrong.args else wrong)
+    return textwrap.shorten(text, 600, placeholder=" ...") or type(wrong).__name__
 
 
 def _stop(text: str, code: int) -> None:

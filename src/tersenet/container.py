@@ -22,12 +22,12 @@ import numpy as np
 from tersenet import codecs
 from tersenet.codecs.context import Batch
 from tersenet.codecs.stream import FormatError, Reader, put_number, unzigzag, zigzag
-from tersenet.packed import DEEPEST, NODES, Array, Packed, Tree, check_tree, parts_of, unpack
+from tersenet.packed import DEEPEST, NODES, Array, Packed, Tree, arrays, check_tree, parts_of, unpack
 
 MAGIC, VERSION = b"TERSE", 1
 PREAMBLE, FOOTER = 14, 12  # magic, version, header length, header CRC; whole length, whole CRC
 HEADER_CAP, NAME_CAP, META_CAP, RANK_CAP = 1 << 24, 1 << 10, 1 << 16, 8
-EXPANSION, ALWAYS, CEILING = 1000, 1 << 24, 1 << 32  # decoded bytes: 1000 x the file or 16 MiB, and at most 4 GiB
+EXPANSION, ALWAYS, CEILING = 1000, 1 << 28, 1 << 32  # decoded bytes: 1000 x the file or 256 MiB, and at most 4 GiB
 ALIAS = 255
 SMALL, VECTOR = 64, 1024  # values of arrays, and of vectors, that share the stream of others
 
@@ -41,8 +41,11 @@ FORMATS = [
 WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 DTYPES = [
     "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64",
-    "bfloat16",
+    "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
 ]  # fmt: skip
+FLOATS = ("float16", "float32", "float64", "bfloat16")  # what may be packed; 8-bit floats are kept as bytes
+# What holds a type that NumPy has not: float32 whose values are bfloat16's, and the bytes of 8-bit floats.
+STAND_IN = {name: "float32" if name == "bfloat16" else "uint8" for name in DTYPES[12:]}
 # Why a tensor is as it is. Only ever append.
 NOTES = [
     "",
@@ -54,6 +57,8 @@ NOTES = [
     "dense: left out by the recipe",
     "dense: empty",
     "dense: smaller than its codebook",
+    "dense: 8-bit floats, kept bit for bit",
+    "folded: its scale went into the layer before it",
 ]
 
 
@@ -84,9 +89,27 @@ class Tensor:
     error: float | None = None
 
     def unpack(self) -> Array:
-        """The dense NumPy array in the tensor's own type (float32 for bfloat16, which NumPy has not)."""
+        """The dense NumPy array in the tensor's own type, or its `STAND_IN`: bfloat16's values as float32."""
         dense = np.asarray(unpack(self.tree))
-        return dense.astype("float32" if self.dtype == "bfloat16" else self.dtype, copy=False)
+        if self.dtype == "float16" and isinstance(self.tree, Packed):
+            dense = np.asarray(np.clip(dense, -65504, 65504))  # what packing moved past the largest half is no infinity
+        return as_type(dense, self.dtype)
+
+
+def as_type(dense: Array, dtype: str) -> Array:
+    """An array rounded to a tensor's type, ties to even, or to the values of its `STAND_IN`; itself where it is so."""
+    with np.errstate(over="ignore"):
+        single = dense.astype(STAND_IN.get(dtype, dtype), copy=False)
+    if dtype != "bfloat16":
+        return single
+    words = single.view(np.uint32).reshape(-1)
+    low = words & np.uint32(0xFFFF)
+    if not low.any():
+        return single
+    rounded = (words + np.uint32(0x7FFF) + (words >> 16 & 1)) & np.uint32(0xFFFF0000)
+    quiet = words & np.uint32(0xFFFF0000) | np.uint32(0x400000)  # rounding would make some NaN a zero
+    rounded = np.where(np.isnan(single).reshape(-1) & (low > 0), quiet, rounded)
+    return rounded.view(np.float32).reshape(single.shape)
 
 
 @dataclass(slots=True)
@@ -156,7 +179,7 @@ class Header:
     meta: dict[str, Any]
     plain: int
     coded: int
-    needed: int  # bytes in memory while the file is decoded and unpacked, counted at the width that codecs work in
+    needed: int  # bytes in memory once all is decoded and unpacked, and 8 for each integer of the longest stream
     total: int
 
     @staticmethod
@@ -179,7 +202,10 @@ class Header:
             raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
         allowed = min(CEILING, max(ALWAYS, EXPANSION * data.size)) if limit is None else limit
         if header.needed > allowed:
-            raise FormatError(f"the file would decode to {header.needed:,} bytes, over the limit of {allowed:,}")
+            raise FormatError(
+                f"the file would decode to {header.needed:,} bytes, over the limit of {allowed:,}:"
+                f" if you trust it, load(path, limit={header.needed})"
+            )
         return header
 
     def check_whole(self, data: Source) -> None:
@@ -194,6 +220,11 @@ class Header:
             raise FormatError("the file is damaged: its checksum does not fit")
 
 
+def _expanded(coded: int) -> int:
+    """How many bytes a deflated header may expand to: many small tensors alike repeat themselves."""
+    return min(HEADER_CAP, 32 * coded + (1 << 16))
+
+
 def _plain(coded: bytes) -> bytes:
     if coded[:1] == b"\0":
         return coded[1:]
@@ -201,7 +232,7 @@ def _plain(coded: bytes) -> bytes:
         raise FormatError("the header is of an unknown kind")
     expander = zlib.decompressobj(-15)
     try:
-        plain = expander.decompress(coded[1:], min(HEADER_CAP, 32 * len(coded) + 4096))
+        plain = expander.decompress(coded[1:], _expanded(len(coded) - 1))
     except zlib.error:
         raise FormatError("the header is damaged") from None
     if not expander.eof or expander.unused_data:
@@ -248,7 +279,7 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
         raise FormatError("the header's notes are not JSON") from None
     if parser.left or not isinstance(meta, dict):
         raise FormatError("the header is longer than its tensors")
-    sizes = len(plain), coded, parser.needed, parser.offset + FOOTER
+    sizes = len(plain), coded, parser.needed + 8 * parser.longest, parser.offset + FOOTER
     return Header(tensors, told, pools, int.from_bytes(check, "little"), meta, *sizes)
 
 
@@ -257,7 +288,7 @@ KINDS, CODED = tuple(NODES.values()), tuple(codecs.CODECS)
 POOLED = 127  # in place of a codec
 CONTEXT = CODED.index("context")
 HELD = tuple(np.dtype(held) for held, _ in FORMATS)
-COSTS = tuple(max(4, held.itemsize) for held in HELD)  # bytes that a value takes while it is decoded
+INTEGERS = tuple(WIDTH.get(stored, 1) for _, stored in FORMATS)  # that codecs see for a value: a float's bytes
 MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of parts that do not belong together raises
 
 
@@ -266,7 +297,7 @@ class _Parser(Reader):
 
     def __init__(self, plain: bytes, offset: int) -> None:
         super().__init__(plain)
-        self.offset, self.needed = offset, 0
+        self.offset, self.needed, self.longest = offset, 0, 0
         self.promises: list[Promise] = []  # of the tensor that is read
         self.pooled: Counter[int] = Counter()  # how many values the pool of each format holds
         self.heads: dict[bytes, tuple[tuple[int, ...], int, int]] = {}  # of arrays that were read: shape, codec, size
@@ -284,11 +315,13 @@ class _Parser(Reader):
         except MISFIT as wrong:
             raise FormatError(f"{name}: the tree does not fit together: {wrong}") from None
         packed = isinstance(tree, Packed)
-        whole = not packed and DTYPES[code] not in (str(tree.dtype), "bfloat16")
-        if whole or len(shape) > RANK_CAP or (packed and "float" not in DTYPES[code]):
+        dtype = DTYPES[code]
+        fits = dtype in FLOATS if packed else str(tree.dtype) == STAND_IN.get(dtype, dtype)
+        if not fits or len(shape) > RANK_CAP:
             raise FormatError(f"{name}: the tensor's type is not its array's")
-        self.needed += 4 * math.prod(shape)
-        return Tensor(tree, DTYPES[code], NOTES[note], None if math.isnan(error) else error)
+        if packed and dtype != "float32":  # unpacking makes float32 first
+            self.needed += max(4, WIDTH[dtype]) * math.prod(shape)
+        return Tensor(tree, dtype, NOTES[note], None if math.isnan(error) else error)
 
     def value(self, depth: int, nodes: int) -> Any:
         tag = self.byte()
@@ -325,13 +358,14 @@ class _Parser(Reader):
             shape, codec, size = self.head()
             if self.at == begin + len(head):
                 self.heads[head] = shape, codec, size
-        self.needed += size * COSTS[form]
+        self.needed += size * HELD[form].itemsize
         if codec == POOLED:
             promise = Promise(shape, form, codec, 0, self.pooled[form])
             self.pooled[form] += size
         else:
             promise = Promise(shape, form, codec, self.number(), self.offset)
             self.offset += promise.length
+            self.longest = max(self.longest, size * INTEGERS[form])
         self.promises.append(promise)
         return promise
 
@@ -355,6 +389,7 @@ class _Parser(Reader):
                 raise FormatError("an array has an unknown codec")
             found.append(Promise((count,), form, codec, length, self.offset))
             self.offset += length
+            self.longest = max(self.longest, count * INTEGERS[form])
         return found
 
 
@@ -484,6 +519,7 @@ def write(tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any
     """The whole file."""
     plain, begun = bytearray(put_number(len(tensors))), list[int]()
     streams = _Streams(coding)
+    streams.prepare([array for tensor in tensors.values() for _, array in arrays(tensor.tree)])
     first: dict[int, int] = {}
     last = b""
     for name, tensor in tensors.items():
@@ -506,7 +542,7 @@ def write(tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any
     plain += put_number(len(meta)) + meta
     shrinker = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
     deflated = shrinker.compress(plain) + shrinker.flush()
-    small = len(deflated) < len(plain) <= 32 * len(deflated)
+    small = len(deflated) < len(plain) <= _expanded(len(deflated))
     coded = b"\1" + deflated if small else b"\0" + bytes(plain)
     if max(len(coded), len(plain)) > HEADER_CAP:
         raise ValueError(f"the header would be over {HEADER_CAP:,} bytes")
@@ -522,6 +558,17 @@ class _Streams:
     def __init__(self, coding: Coding) -> None:
         self.coding, self.data = coding, bytearray()
         self.pooled: dict[int, list[Array]] = {}  # flat arrays by format
+        self.ready: dict[int, tuple[str, bytes]] = {}  # what was coded ahead, by the array's id
+
+    def prepare(self, listed: Sequence[Array]) -> None:
+        """Code large integer arrays ahead, on as many threads as are worth it."""
+        large = {id(a): a for a in map(np.asarray, listed) if a.dtype.kind != "f" and a.size >= WORTH_A_THREAD}
+        if THREADS > 1 and len(large) > 1:
+            from concurrent.futures import ThreadPoolExecutor  # which readers need not wait for
+
+            with ThreadPoolExecutor(THREADS) as pool:
+                order = sorted(large, key=lambda key: -large[key].size)
+                self.ready = dict(zip(order, pool.map(lambda key: self._coded(large[key]), order), strict=True))
 
     def array(self, array: Array) -> bytes:
         """Take an array in; its header."""
@@ -538,9 +585,12 @@ class _Streams:
 
     def stream(self, values: Array) -> bytes:
         """Code integers; the codec and the length."""
-        codec, coded = codecs.encode(values, self.coding.codecs, self.coding.prefer)
+        codec, coded = self.ready.get(id(values)) or self._coded(values)
         self.data += coded
         return bytes([CODED.index(codec)]) + put_number(len(coded))
+
+    def _coded(self, values: Array) -> tuple[str, bytes]:
+        return codecs.encode(values, self.coding.codecs, self.coding.prefer)
 
     def pools(self) -> bytes:
         """Code what has waited; the header of the pools."""
@@ -570,15 +620,25 @@ def _tensor_header(name: str, tensor: Tensor, streams: _Streams) -> bytes:
         raise ValueError(f"{name}: cannot store a tensor of type {tensor.dtype}; convert it or leave it out")
     if len(tensor.tree.shape) > RANK_CAP:
         raise ValueError(f"{name}: a tensor has at most {RANK_CAP} axes")
+    packed, held = isinstance(tensor.tree, Packed), STAND_IN.get(tensor.dtype, tensor.dtype)
+    kind = type(tensor.tree).__name__ if packed else np.asarray(tensor.tree).dtype
+    if not (tensor.dtype in FLOATS if packed else np.can_cast(kind, held, "same_kind")):
+        raise ValueError(f"{name}: a tensor of type {tensor.dtype} cannot be held as {kind}")
     try:
         check_tree(tensor.tree)
     except ValueError as wrong:
         raise ValueError(f"{name}: {wrong}") from None
-    error = np.float16(np.nan if tensor.error is None else min(tensor.error, 65504.0))
-    head = bytes([DTYPES.index(tensor.dtype), NOTES.index(tensor.note)]) + struct.pack("<e", error)
+    head = bytes([DTYPES.index(tensor.dtype), NOTES.index(tensor.note)]) + struct.pack("<e", _bound(tensor.error))
     begin = len(streams.data)
-    head += _value_header(tensor.tree, streams)
+    head += _value_header(tensor.tree if packed else tensor.unpack(), streams)
     return head + streams.check(begin) if len(streams.data) > begin else head
+
+
+def _bound(error: float | None) -> np.float16:
+    """The smallest half that is no less than an error, so that no error is worse than the file says."""
+    with np.errstate(over="ignore"):
+        half = np.float16(np.nan if error is None else error)
+    return half if error is None or float(half) >= error else np.nextafter(half, np.float16(np.inf))
 
 
 def _value_header(value: Any, streams: _Streams) -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that has its shape and dtype
 Tree: TypeAlias = "Packed | Array"
 
-DEEPEST = 3
+DEEPEST = 4
 _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
     np.float32
 )  # so that negative exponents count from its end
@@ -212,9 +212,7 @@ class Factored(Packed):
     def check(self) -> None:
         _require(isinstance(self.equation, str) and len(self.equation) <= 128, "the equation is a short text")
         _require(isinstance(self.factors, tuple) and 1 <= len(self.factors) <= 8, "there are 1 to 8 factors")
-        _require(
-            isinstance(self.size, tuple) and all(isinstance(n, int) and n >= 0 for n in self.size), "size is a shape"
-        )
+        _require(_is_shape(self.size), "size is a shape")
         left, arrow, right = self.equation.partition("->")
         terms, extent = left.split(","), dict[str, int]()
         letters = left.replace(",", "") + right
@@ -252,9 +250,44 @@ class Transformed(Packed):
         _require(max(self.shape[-2:]) <= 64, "a transformed block is at most 64 x 64")
 
 
+@dataclass(frozen=True, eq=False)
+class Reshaped(Packed):
+    """The values of a child whose axes come in another order: it holds dense.reshape(split).transpose(axes).
+
+    Rows come first in every other node, but not in `x @ W` (split [inputs, outputs], axes (1, 0)) or in a transposed
+    convolution (split [groups, inputs / groups, outputs / groups, height, width], axes (0, 2, 1, 3, 4)).
+    """
+
+    child: Tree  # the values, in any shape
+    split: tuple[int, ...]
+    axes: tuple[int, ...]
+    size: tuple[int, ...]
+
+    def unpack(self) -> Array:
+        child = unpack(self.child)
+        ordered = child.reshape(tuple(self.split[axis] for axis in self.axes))
+        return namespace(child).moveaxis(ordered, tuple(range(len(self.axes))), self.axes).reshape(self.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.size)
+
+    def check(self) -> None:
+        _require(_is_shape(self.split) and _is_shape(self.size), "split and size are shapes")
+        _require(
+            isinstance(self.axes, tuple)
+            and all(isinstance(axis, int) for axis in self.axes)
+            and sorted(self.axes) == list(range(len(self.split))),
+            "the axes are those of the split, in some order",
+        )
+        _require(is_float_tree(self.child), "a child is a float tree")
+        count = math.prod(self.child.shape)
+        _require(math.prod(self.split) == count == math.prod(self.size), "split and size hold the child's values")
+
+
 # The order is part of the file format: only ever append.
 NODES: dict[str, type[Packed]] = {
-    node.__name__: node for node in (Uniform, Codebook, Sparse, Sliced, Factored, Transformed)
+    node.__name__: node for node in (Uniform, Codebook, Sparse, Sliced, Factored, Transformed, Reshaped)
 }
 
 
@@ -328,7 +361,7 @@ def float_leaves(tree: Tree) -> dict[str, Array]:
 
 
 def check_tree(tree: Tree, above: int = 0) -> None:
-    """Raises ValueError unless every node's parts fit together and the tree is at most three nodes deep."""
+    """Raises ValueError unless every node's parts fit together and the tree is at most four nodes deep."""
     if isinstance(tree, Packed):
         _require(above < DEEPEST, f"a tree is at most {DEEPEST} nodes deep")
         for _, child in children(tree):
@@ -385,6 +418,13 @@ def tree_lines(name: str, tree: Tree, size_of: Callable[[str, Array], int]) -> l
 def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
     skipped = len(against) - len(shape)
     return not shape or (skipped >= 0 and all(a in (1, b) for a, b in zip(shape, against[skipped:], strict=True)))
+
+
+def _is_shape(extents: Any) -> bool:
+    """Whether this is a tuple of at most 8 extents whose product, zeros left out, NumPy can count."""
+    if not (isinstance(extents, tuple) and len(extents) <= 8):
+        return False
+    return all(isinstance(n, int) and n >= 0 for n in extents) and math.prod(n or 1 for n in extents) < 1 << 60
 
 
 def _is_numpy(array: Array) -> bool:

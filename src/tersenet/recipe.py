@@ -4,14 +4,15 @@ A draft holds every tensor of the network as a tree, so it is itself a file: eac
 of all that led to it, and running again goes on from there.
 """
 
-import copy
 import hashlib
 import itertools
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,14 +20,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from tersenet.artifact import Artifact, Coding, FormatError, Tensor, load, relative_error
+from tersenet.artifact import FLOATS, Artifact, Coding, FormatError, Tensor, as_stored, load, relative_error
+from tersenet.norms import FOLDED
 from tersenet.packed import Array, Packed, Tree, map_arrays, unpack
-from tersenet.task import Task
+from tersenet.task import Task, duplicate
 
-FORMAT = 1  # of what is kept between runs: raise it when a stage's meaning changes
+FORMAT = 2  # of what is kept between runs: raise it when a stage's meaning changes
 KEPT = "dense: no stage packed it"
 BUFFER = "dense: a buffer, kept bit for bit"
-TYPES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
+NOT_FINITE = "dense: NaN or infinite values"
+EIGHT_BITS = "dense: 8-bit floats, kept bit for bit"
+# Last parts of the names of what is no weight, for arrays that come without their module.
+BUFFERS = (
+    "running_*", "moving_mean", "moving_var*", "mean", "var", "std", "pixel_mean", "pixel_std", "num_batches_tracked",
+    "*inv_freq", "freqs_cis", "cos_cached", "sin_cached", "*position_ids", "token_type_ids", "*mask*",
+    "anchors", "anchor_grid", "*_index", "relative_coords_table", "zero_point", "betas", "*alphas_cumprod*",
+)  # fmt: skip
 
 
 class PromiseBroken(RuntimeError):
@@ -76,35 +85,39 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Draft:
-    """The network under work: its module (None where only arrays were given) and every tensor as a tree."""
+    """The network under work: its module (None where only arrays were given) and every tensor as a tree.
+
+    `folded` has, by the name of a folded norm, the weight that took its scale and, of a transposed convolution, its
+    groups (else 0): of those norms for which the order of the tensors does not tell it (`stages/folding.py`).
+    """
 
     model: nn.Module | None
     tensors: Mapping[str, Tensor]
     trainable: frozenset[str] = frozenset()
+    folded: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @staticmethod
     def of_model(model: nn.Module) -> "Draft":
-        """The draft of a module: tied weights are one tensor, buffers are kept bit for bit.
+        """The draft of a module: tied weights are one tensor, buffers are kept bit for bit, extra state is left out.
 
         Raises ValueError for NaN or infinite weights, naming the layer.
         """
-        trainable = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
-        tensors: dict[str, Tensor] = {}
-        first: dict[tuple[Any, ...], str] = {}
-        for name, value in model.state_dict().items():
-            where = (value.data_ptr(), tuple(value.shape), value.stride())
-            if value.numel() and where in first:
-                tensors[name] = tensors[first[where]]
-                continue
-            first[where] = name
-            tensors[name] = _dense(name, value, name in trainable)
-        return Draft(model, tensors, trainable)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+        tensors = _dense(state, lambda name, array: name in parameters)
+        weights = {name: tensor for name, tensor in tensors.items() if name in parameters and tensor.dtype in FLOATS}
+        if broken := [name for name, tensor in weights.items() if tensor.note == NOT_FINITE]:
+            raise ValueError(f"{broken[0]}: holds NaN or infinite weights; train it again or repair them first")
+        return Draft(model, tensors, frozenset(weights))
 
     @staticmethod
     def of_arrays(arrays: Mapping[str, Array]) -> "Draft":
-        """The draft of named arrays, which need no module: floats of two or more axes count as weights."""
-        state = {n: a if isinstance(a, torch.Tensor) else torch.from_numpy(np.array(a)) for n, a in arrays.items()}
-        return Draft(None, {n: _dense(n, t, t.is_floating_point()) for n, t in state.items()}, frozenset(state))
+        """The draft of named arrays or torch tensors, which need no module: finite floats that are no buffers by name.
+
+        Arrays that share their numbers are one tensor. Floats of two or more axes count as weights.
+        """
+        tensors = _dense(dict(arrays), lambda name, array: not _is_buffer(name, array))
+        return Draft(None, tensors, frozenset(name for name, tensor in tensors.items() if tensor.note == KEPT))
 
     def weights(self) -> list[str]:
         """The names that methods may pack: trainable floats of two axes or more, not empty, tied ones once."""
@@ -118,8 +131,9 @@ class Draft:
         return names
 
     def with_trees(self, trees: Mapping[str, Tree], note: str = "") -> "Draft":
-        """The draft with new trees for some names; names tied to these follow."""
-        renewed = {id(self.tensors[n]): replace(self.tensors[n], tree=t, note=note) for n, t in trees.items()}
+        """The draft with new trees for some names; names tied to these follow, and what is folded stays so."""
+        before = {name: (self.tensors[name], tree) for name, tree in trees.items()}
+        renewed = {id(b): replace(b, tree=t, note=FOLDED if b.note == FOLDED else note) for b, t in before.values()}
         return replace(self, tensors={n: renewed.get(id(t), t) for n, t in self.tensors.items()})
 
     def with_notes(self, notes: Mapping[str, str]) -> "Draft":
@@ -130,7 +144,7 @@ class Draft:
         """A copy of the module with the draft's weights in it."""
         if self.model is None:
             raise ValueError("this stage runs the network, but only arrays were given: use Task(model, ...)")
-        return artifact_of(self).into(copy.deepcopy(self.model))  # type: ignore[no-any-return]
+        return artifact_of(self).into(duplicate(self.model))  # type: ignore[no-any-return]
 
     def bias(self, weight: str) -> str | None:
         """The name of the bias that is added to a weight's output, where it has one that may change."""
@@ -141,28 +155,57 @@ class Draft:
 
 
 def artifact_of(draft: Draft, coding: Coding | None = None, original: Mapping[str, Tensor] | None = None) -> Artifact:
-    """The draft's file; with the original tensors, each packed tensor's error is measured and stored."""
+    """The draft's file; with the original tensors, the error of each that is packed or changed is measured and stored.
+
+    Where norms are folded the originals are taken folded alike (`stages.folding.refolded`).
+    """
     done: dict[int, Tensor] = {}
     for name, tensor in draft.tensors.items():
         error = None
-        if original is not None and isinstance(tensor.tree, Packed):
+        if original is not None and id(tensor) not in done and tensor.dtype in FLOATS:
             error = relative_error(tensor.unpack(), original[name].unpack())
+            error = None if not error and not isinstance(tensor.tree, Packed) else error
         done.setdefault(id(tensor), replace(tensor, error=error))
-    return Artifact({name: done[id(t)] for name, t in draft.tensors.items()}, coding or Coding())
+    meta = {"folded": dict(draft.folded)} if draft.folded else {}
+    return Artifact({name: done[id(t)] for name, t in draft.tensors.items()}, coding or Coding(), meta)
 
 
-def _dense(name: str, value: torch.Tensor, trainable: bool) -> Tensor:
-    value = value.detach().cpu()
-    if value.layout != torch.strided or value.is_quantized or value.is_complex():
-        raise ValueError(f"{name}: {value.dtype} tensors of this layout cannot be stored; convert it to dense floats")
-    dtype = TYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
-    if trainable and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name}: holds NaN or infinite weights; train it again or repair them before compressing")
-    array = (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
-    note = KEPT if trainable else BUFFER
-    if not value.is_floating_point():
-        note = "dense: not a floating-point tensor"
-    return Tensor(array, dtype, "dense: empty" if not array.size else note)
+def _dense(state: Mapping[str, Array], is_weight: Callable[[str, Array], bool]) -> dict[str, Tensor]:
+    """Every array as it came, with the reason; those that share their numbers are one tensor."""
+    tensors: dict[str, Tensor] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in state.items():
+        array, dtype = as_stored(name, value)
+        known = first.setdefault(_place(name, value), name)
+        if known != name:
+            tensors[name] = tensors[known]
+            continue
+        note = KEPT if is_weight(name, array) else BUFFER
+        if not array.size:
+            note = "dense: empty"
+        elif dtype not in FLOATS:
+            note = EIGHT_BITS if "float" in dtype else "dense: not a floating-point tensor"
+        elif not np.isfinite(array).all():
+            note = NOT_FINITE
+        tensors[name] = Tensor(array.copy(), dtype, note)
+    return tensors
+
+
+def _place(name: str, value: Array) -> tuple[Any, ...]:
+    """Where the numbers lie in memory and how they are laid out: the same for tied tensors, else unique."""
+    if isinstance(value, torch.Tensor) and value.numel():
+        return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype
+    if isinstance(value, np.ndarray) and value.size:
+        return value.ctypes.data, value.shape, value.strides, value.dtype
+    return (name,)
+
+
+def _is_buffer(name: str, array: Array) -> bool:
+    """Whether an array without a module is no weight, as the last part of its name or a triangle of ones tells."""
+    last = re.split(r"[./]", name.lower().removesuffix(":0"))[-1]
+    square = array.ndim >= 2 and array.shape[-1] == array.shape[-2] > 1
+    causal = square and not array[..., 0, 1:].any() and bool((array == np.tri(array.shape[-1], dtype=np.int8)).all())
+    return causal or any(fnmatch(last, pattern) for pattern in BUFFERS)
 
 
 class Stage(Protocol):
@@ -177,10 +220,42 @@ Row = dict[str, Any]  # what a stage did: the stage, the density, the metric on 
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a drop was kept on: the data for choosing, how many samples of it, and the metric there before and after.
+
+    `error` is the standard error of the difference, where the metric is a mean over samples.
+    """
+
+    samples: int | None
+    before: float
+    after: float
+    error: float | None
+
+    @staticmethod
+    def of(task: Task, artifact: Artifact) -> "Choice":
+        """Measured on the reopened file, batch by batch."""
+        held = task.held()
+        size = max(1, (held.count or 1) // 24)
+        (before, one), (after, other) = (
+            task.measured(held, model, size)
+            for model in (task.model, load(artifact.to_bytes()).into(duplicate(task.model)))
+        )
+        apart = [a - b for a, b in zip(other, one, strict=True)]
+        error = float(np.std(apart, ddof=1) / math.sqrt(len(apart))) if len(apart) > 3 else None
+        return Choice(held.count, before, after, error)
+
+    def __str__(self) -> str:
+        many = "batches" if self.samples is None else f"{self.samples:,} samples"
+        spread = "" if self.error is None else f", standard error of the difference {self.error:.4f}"
+        return f"metric {self.before:.4f} -> {self.after:.4f} on the {many} held back for choosing{spread}"
+
+
+@dataclass(frozen=True)
 class Result:
     """What compressing gave: the artifact and, where the task has test data, the metric before and after.
 
-    `after` is measured on the file's bytes, opened again. `rows` tell what each stage, and each round of it, reached.
+    `after` is measured on the file's bytes, opened again. `rows` tell what each stage, and each round of it, reached;
+    `choice` tells what a drop was kept on.
     """
 
     artifact: Artifact
@@ -188,9 +263,12 @@ class Result:
     after: float | None = None
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
+    choice: Choice | None = None
 
     def __str__(self) -> str:
         text = f"{self.artifact}\n"
+        if self.choice is not None:
+            text += f"{self.choice}\n"
         if self.after is not None and self.before is not None:
             text += f"test metric {self.before:.4f} -> {self.after:.4f} (from the reopened file)\n"
         return text + f"{self.seconds:.1f} s"
@@ -211,14 +289,15 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
         begun = time.monotonic()
         earlier = _kept(kept)
         if earlier is not None:
-            draft = replace(draft, tensors=earlier.tensors)
+            draft = replace(draft, tensors=earlier.tensors, folded=earlier.meta.pop("folded", {}))
             log({**earlier.meta, "kept": True})
             continue
         draft = stage(draft, task)
         row = {"stage": str(stage), **_measured(draft, task), "seconds": round(time.monotonic() - begun, 1)}
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            Artifact(artifact_of(draft).tensors, Coding(("bits",)), row).save(kept)
+            whole = artifact_of(draft)
+            Artifact(whole.tensors, Coding(("bits",)), {**whole.meta, **row}).save(kept)
         log(row)
     return draft
 

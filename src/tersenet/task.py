@@ -6,22 +6,29 @@ one kind.
 """
 
 import contextlib
+import copy
 import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Data: TypeAlias = Any  # (inputs, targets) as arrays or tensors, or an iterable of such batches (a DataLoader)
+from tersenet.data import Arrays, Batch, Data, Split, chunked, is_pair, mapped, samples, seeded, split_of, tensors
+
 Item = TypeVar("Item")
+Found = TypeVar("Found")
 HELD = 0.1  # the part of the training split that choices are made on, where the task brings no validation split
+LARGEST = 1 << 19  # numbers in a batch of calibration inputs, which has fewer samples where these are large
+LIKELIHOODS = ("classes", "bernoulli", "gaussian")
 
 
 @contextlib.contextmanager
@@ -46,6 +53,23 @@ def progress(items: Iterable[Item], label: str, total: int | None = None) -> Ite
     yield from track(items, label, total=total, console=Console(stderr=True), transient=True)
 
 
+def spread(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+    """`function` of each item, in order, on all cores; only a few items are taken ahead, so a stream is never held."""
+    cores = os.cpu_count() or 1
+    with one_thread(), ThreadPoolExecutor(cores) as pool:
+        waiting: deque[Future[Found]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > cores:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """The share of samples whose largest output is the target's."""
     return (outputs.argmax(1) == targets).double().mean()
@@ -57,8 +81,42 @@ def soft_targets(outputs: Tensor, wanted: Tensor, temperature: float = 3.0) -> T
     The factor keeps gradients comparable when the temperature changes (Hinton, Vinyals, Dean 2015, section 2.1).
     """
     found, goal = ((z / temperature).log_softmax(1) for z in (outputs, wanted))
-    samples = outputs.numel() / outputs.shape[1]
-    return temperature**2 * F.kl_div(found, goal, reduction="sum", log_target=True) / samples
+    count = outputs.numel() / outputs.shape[1]
+    return temperature**2 * F.kl_div(found, goal, reduction="sum", log_target=True) / count
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How good a network is: `function(outputs, targets)`, a number.
+
+    `over` is "samples", for a mean over samples that is taken batch by batch, or "split", for a function of all outputs
+    and targets of a split at once (correlations, perplexity): joined along axis 0, or as lists of the batches' parts
+    where these do not join. `better` is "more" or "less".
+    """
+
+    function: Callable[[Any, Any], Any]
+    over: str = "samples"
+    better: str = "more"
+
+    def __post_init__(self) -> None:
+        if self.over not in ("samples", "split") or self.better not in ("more", "less"):
+            raise ValueError("a Metric is over 'samples' or 'split', and better with 'more' or 'less'")
+
+    def gain(self, found: float, than: float) -> float:
+        """By how much `found` is better than `than`: below 0 where it is worse.
+
+        >>> Metric(max, better="less").gain(1.5, 2.0)
+        0.5
+        """
+        return found - than if self.better == "more" else than - found
+
+
+def duplicate(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of a module without what `shared` holds by id; results that a forward pass left in it lose their graph."""
+    memo = dict(shared or {})
+    for layer in model.modules():
+        memo |= {id(t): t.detach() for part in vars(layer).values() for t in tensors(part) if not t.is_leaf}
+    return copy.deepcopy(model, memo)
 
 
 @dataclass(frozen=True)
@@ -100,133 +158,210 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Task:
-    """A model with its data; loss and metric default to classification, the metric is a mean where more is better.
+    """A model with its data; loss and metric default to classification, a plain metric is a mean where more is better.
 
-    `valid` is the data that choices are made on; without it, the last tenth of an in-memory training split is held
-    back. `snapshots` are earlier weights by epoch, for weight rewinding (`trained` keeps them). `augment(inputs,
+    Data are `(inputs, targets)` in memory, a Dataset, a DataLoader or any list of batches; inputs are a tensor, or a
+    tuple or dict of them. `forward(model, inputs)` gives the outputs; without it the model is called with the inputs
+    (floats in its own type) and the first tensor of what it returns is taken. `valid` is the data that choices are made
+    on; without it, a tenth of the training split, drawn by a fixed seed, is held back and never trained on.
+    `likelihood` is what outputs parametrize: "classes", "bernoulli" or "gaussian"; without it the loss and the targets
+    tell. `snapshots` are earlier weights by epoch, for weight rewinding (`trained` keeps them). `augment(inputs,
     generator)` makes a training batch's random variation. With a `teacher`, stages train towards its outputs
-    (`soft_targets`) instead of the loss.
+    (`soft_targets`) instead of the loss. Everything runs on `device`.
     """
 
     model: nn.Module
     train: Data = None
     test: Data = None
     valid: Data = None
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    metric: Callable[[Tensor, Tensor], Tensor] = accuracy
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy
+    metric: Any = accuracy
     schedule: Schedule = field(default_factory=Schedule)
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    augment: Callable[[Any, torch.Generator], Any] | None = None
     snapshots: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     teacher: nn.Module | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    device: str = "cpu"
+    likelihood: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric):
+            object.__setattr__(self, "metric", Metric(self.metric))
+        if self.likelihood not in (None, *LIKELIHOODS):
+            raise ValueError(f"a likelihood is one of {', '.join(LIKELIHOODS)}, not {self.likelihood!r}")
         for name in ("train", "test", "valid"):
             data = getattr(self, name)
-            if _is_pair(data):
-                inputs, targets = (torch.as_tensor(part) for part in data)
-                if len(inputs) != len(targets) or not len(inputs):
-                    raise ValueError(
-                        f"{name} has {len(inputs)} inputs and {len(targets)} targets: give as many of both"
-                    )
-                object.__setattr__(self, name, (inputs, targets))
+            if data is None:
+                continue
+            split = split_of(data, name)
+            if is_pair(data) and isinstance(split, Arrays):
+                object.__setattr__(self, name, (split.inputs, split.targets))
 
-    def batches(self, epoch: int, seed: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of training batches, shuffled and augmented by seed and epoch; the held-back part is left out."""
+    # ------------------------------------------------------------ data
+
+    def _train(self) -> Split:
         if self.train is None:
-            raise ValueError("this stage trains, but the task has no training data: give Task(train=...)")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        if not _is_pair(self.train):
-            torch.manual_seed(seed * 1_000_003 + epoch)
-            yield from self.train
-            return
-        inputs, targets = self.train
-        order = torch.randperm(len(inputs) - self._held_back, generator=generator)
-        for part in order.split(batch):  # type: ignore[no-untyped-call]
-            x = inputs[part]
-            yield (self.augment(x, generator) if self.augment else x), targets[part]
+            raise ValueError("this needs training data, but the task has none: give Task(train=...)")
+        split = split_of(self.train, "train")
+        return split if self.valid is not None else split.parted(HELD)[0]
 
-    @property
-    def _held_back(self) -> int:
-        return int(len(self.train[0]) * HELD) if self.valid is None and _is_pair(self.train) else 0
+    def batches(self, epoch: int, seed: int, batch: int) -> Generator[Batch, None, None]:
+        """One epoch of training batches on the device, shuffled and augmented by seed and epoch; none is held back.
 
-    def held(self) -> Data:
-        """The data that choices are made on: the validation split, or the held-back end of the training split."""
+        While they are read the global generators follow the seed too, so that dropout does.
+        """
+        mixed = seed * 1_000_003 + epoch
+        generator = torch.Generator().manual_seed(mixed)
+        with seeded(mixed):
+            for inputs, targets in self._train().batches(batch, mixed):
+                changed = self.augment(inputs, generator) if self.augment else inputs
+                yield self._placed(changed), self._placed(targets)
+
+    def held(self) -> Split:
+        """The data that choices are made on: the validation split, or the part held back from the training split."""
         if self.valid is not None:
-            return self.valid
-        if _is_pair(self.train):
-            count = max(1, self._held_back)
-            return self.train[0][-count:], self.train[1][-count:]
-        return self.train
+            return split_of(self.valid, "valid")
+        if self.train is None:
+            raise ValueError("choices are made on data, but the task has none: give Task(train=...)")
+        return split_of(self.train, "train").parted(HELD)[1]
 
-    def calibration(self, count: int) -> Tensor:
-        """The first inputs of the training split, for statistics."""
-        if _is_pair(self.train):
-            return torch.as_tensor(self.train[0][: min(count, len(self.train[0]) - self._held_back)])
-        kept: list[Tensor] = []
-        for x, _ in self.train if self.train is not None else ():
-            kept.append(x)
-            if sum(map(len, kept)) >= count:
+    def calibration(self, count: int, size: int = 16) -> list[Any]:
+        """Batches of training inputs for statistics, `count` samples in all, at most `size` in a batch where possible.
+
+        Batches have fewer samples where these are large. They are drawn by a fixed seed, or read from the loader.
+        """
+        kept: list[Any] = []
+        split, left = self._train(), count
+        most = max(1, min(size, LARGEST // split.numbers()))
+        for inputs, _ in split.batches(most, 0):
+            for part in chunked(inputs, min(most, left), split):
+                if left > 0:
+                    kept.append(part)
+                    left -= samples(part)
+            if left <= 0:
                 break
         if not kept:
-            raise ValueError("this needs inputs, but the task has no training data: give Task(train=...)")
-        return torch.cat(kept)[:count]
+            raise ValueError("this needs inputs, but the task's training data are empty: give Task(train=...)")
+        return kept
 
-    def loss_of(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    def example(self) -> Batch:
+        """One batch of training data, inputs and targets."""
+        return next(iter(self._train().batches(8)))
+
+    # ------------------------------------------------------------ running
+
+    def outputs(self, model: nn.Module, inputs: Any) -> Any:
+        """What the network says to a batch of inputs, which are put on the device."""
+        inputs = self._placed(inputs)
+        if self.forward is not None:
+            return self.forward(model, inputs)
+        floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        if floats is not None:
+            inputs = mapped(inputs, lambda t: t.to(floats) if t.is_floating_point() else t)
+        if isinstance(inputs, Mapping):
+            found = model(**inputs)
+        else:
+            found = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+        if isinstance(found, Tensor):
+            return found
+        first = tensors(found) or tensors(list(vars(found).values()) if hasattr(found, "__dict__") else [])
+        if not first:
+            raise ValueError(f"the model returns {type(found).__name__}: give Task(forward=...) that picks a tensor")
+        return first[0]
+
+    def running(self, model: nn.Module) -> nn.Module:
+        """A copy of the module to run on the device, in evaluation mode: it shares its weights, and no other state."""
+        if torch.device(self.device).type != "cpu":
+            return duplicate(model).to(self.device).eval()
+        return duplicate(model, {id(p): p for p in model.parameters()}).eval()
+
+    def score(self, data: Data, model: nn.Module | None = None) -> float:
+        """The metric of a model in evaluation mode on a split, every sample counted once.
+
+        Raises ValueError where it is not a finite number.
+        """
+        return self.measured(data, model)[0]
+
+    def measured(self, data: Data, model: nn.Module | None = None, size: int = 500) -> tuple[float, list[float]]:
+        """The metric on a split, and, of a metric over samples, that of each batch of about `size` samples."""
+        metric, split, model = self.metric, split_of(data, "the split"), self.model if model is None else model
+
+        def run(batch: Batch) -> tuple[Any, Any]:
+            with torch.inference_mode():
+                targets = self._placed(batch[1])
+                outputs = self.outputs(self.running(model), batch[0])
+                if metric.over == "samples":
+                    return float(metric.function(outputs, targets)), samples(targets) or samples(batch[0])
+                return mapped(outputs, torch.Tensor.cpu), mapped(targets, torch.Tensor.cpu)
+
+        found = list(spread(run, split.batches(max(1, min(size, 8 * LARGEST // split.numbers())))))
+        if not found:
+            raise ValueError("the metric is measured on data, but the split holds no batch")
+        if metric.over == "samples":
+            value = math.fsum(v * n for v, n in found) / sum(n for _, n in found)
+        else:
+            value = float(metric.function(*(_joined(list(part)) for part in zip(*found, strict=True))))
+        if not math.isfinite(value):
+            raise ValueError(f"the metric is {value}: look at what the network says to the split, and at the metric")
+        return value, [part for part, _ in found] if metric.over == "samples" else []
+
+    def loss_of(self, outputs: Any, inputs: Any, targets: Any) -> Tensor:
         """What training lowers: the loss, or how far the outputs are from the teacher's."""
         if self.teacher is None:
             return self.loss(outputs, targets)
         with torch.no_grad():
-            wanted = self.teacher(inputs)
+            wanted = self.outputs(self.teacher.to(self.device), inputs)
         return soft_targets(outputs, wanted)
-
-    def score(self, data: Data, model: nn.Module | None = None) -> float:
-        """The metric of a model in evaluation mode on a split, every sample counted once."""
-        model = (self.model if model is None else model).eval()
-        parts = zip(data[0].split(500), data[1].split(500), strict=True) if _is_pair(data) else data
-
-        def measure(part: tuple[Tensor, Tensor]) -> tuple[float, int]:
-            with torch.inference_mode():
-                return float(self.metric(model(part[0]), part[1])), len(part[1])
-
-        with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            scores = list(pool.map(measure, parts))
-        return math.fsum(s * n for s, n in scores) / sum(n for _, n in scores)
-
-    def samples(self, data: Data) -> int:
-        return len(data[1]) if _is_pair(data) else sum(len(y) for _, y in data)
 
     def trained(self, seed: int = 0, keep: Iterable[int] = ()) -> "Task":
         """This task with its model trained by its schedule from where it stands; snapshots of the epochs in `keep`."""
         snapshots, kept = dict(self.snapshots), set(keep)
-        model, schedule = self.model.train(), self.schedule
+        model, schedule = self.model.train().to(self.device), self.schedule
         with one_thread():
-            optimizer = schedule.optimizer(model.parameters())
+            optimizer = schedule.optimizer(p for p in model.parameters() if p.requires_grad)
             for epoch in progress(range(schedule.epochs), "training", schedule.epochs):
                 if epoch in kept:
-                    snapshots[epoch] = {n: t.detach().clone() for n, t in model.state_dict().items()}
+                    state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+                    snapshots[epoch] = {n: t.detach().cpu().clone() for n, t in state.items()}
                 for group in optimizer.param_groups:
                     group["lr"] = schedule.rate(epoch)
-                for x, y in self.batches(epoch, seed, schedule.batch):
-                    optimizer.zero_grad()
-                    self.loss(model(x), y).backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
-        return replace(self, model=model.eval(), snapshots=snapshots)
+                with contextlib.closing(self.batches(epoch, seed, schedule.batch)) as batches:
+                    for inputs, targets in batches:
+                        optimizer.zero_grad()
+                        self.loss(self.outputs(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
+                        for parameter in model.parameters():  # Adam takes no sparse gradients
+                            if parameter.grad is not None and parameter.grad.is_sparse:
+                                parameter.grad = parameter.grad.to_dense()
+                        optimizer.step()
+        return replace(self, model=model.cpu().eval(), snapshots=snapshots)
 
     def digest(self) -> str:
         """A fingerprint of weights, data and schedule: what a kept result depends on."""
-        parts = [repr(self.schedule), *(getattr(f, "__qualname__", "") for f in (self.loss, self.metric, self.augment))]
-        mark = hashlib.sha256(repr(parts).encode())
+        functions = (self.loss, self.metric.function, self.augment, self.forward)
+        parts = [repr(self.schedule), *(getattr(f, "__qualname__", repr(f)) for f in functions)]
+        mark = hashlib.sha256(repr([*parts, self.metric.over, self.metric.better, self.likelihood]).encode())
         taught = {} if self.teacher is None else self.teacher.state_dict()
-        for name, tensor in [*self.model.state_dict().items(), *taught.items()]:
-            mark.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            mark.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        for data in (self.train, self.test, self.valid):
-            if _is_pair(data):
-                mark.update(f"{data[0].shape}{data[1].shape}".encode())
-                mark.update(data[0][:64].numpy().tobytes())
-                mark.update(data[1].numpy().tobytes())
+        told = [self.train, self.test, self.valid]
+        for data in told:
+            if data is not None and not is_pair(data):
+                mark.update(uuid.uuid4().bytes)  # what cannot be seen whole may be other data next time
+        states = [*self.model.state_dict().items(), *taught.items()]
+        given = [(str(k), t) for k, data in enumerate(told) if is_pair(data) for t in tensors(data)]
+        for name, tensor in [*states, *given]:
+            if isinstance(tensor, Tensor):
+                mark.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+                mark.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return mark.hexdigest()
 
+    def _placed(self, things: Any) -> Any:
+        return mapped(things, lambda tensor: tensor.to(self.device))
 
-def _is_pair(data: Data) -> bool:
-    return isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "shape") for part in data)
+
+def _joined(parts: list[Any]) -> Any:
+    """Batches' outputs along axis 0, or the list of them where they do not join."""
+    if all(isinstance(part, Tensor) for part in parts):
+        same = len({(part.dim(), tuple(part.shape[1:])) for part in parts}) == 1
+        return torch.cat(parts) if same and parts[0].dim() else parts
+    if all(isinstance(part, tuple | list) for part in parts) and len({len(part) for part in parts}) == 1:
+        return tuple(_joined(list(part)) for part in zip(*parts, strict=True))
+    return parts

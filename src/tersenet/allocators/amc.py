@@ -161,7 +161,7 @@ class Agent:
     """DDPG: an actor and a critic with two hidden layers of 300, their slow copies, and a memory of steps."""
 
     def __init__(self, features: int, layers: int, seed: int) -> None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             self.actor, self.critic = _network(features, nn.Sigmoid()), _network(features + 1, nn.Identity())
             self.slow = _network(features, nn.Sigmoid()), _network(features + 1, nn.Identity())

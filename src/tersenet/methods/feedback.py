@@ -15,33 +15,59 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tersenet.methods.recursion import MEANS, Recursion
+from tersenet.methods.recursion import HIGHEST, MEANS, Recursion
 from tersenet.packed import Array, Packed, Transformed, Uniform, narrowed
+
+SHORT = 12  # weights: in a trellis a row's path begins among even levels, which costs shorter rows more than they gain
+PART = 16.0  # bits by which an array of exponents makes a header longer that is much like others
+
+
+class Overflow(ValueError):
+    """A level is larger than levels may be: the steps are far too fine for the weights, or something is not finite."""
 
 
 @dataclass(frozen=True)
 class Metric:
     """What an error in a layer's weights costs: lower Cholesky factors of A and of G, in float64.
 
-    Where nothing is known of the inputs, `inputs` is None and A the identity. `outputs` is [groups, rows, rows], or the
-    factor's diagonal [groups, rows] where nothing else of it is known.
+    A factor of n coordinates is a band [groups, n, b]: blocks of b columns along the diagonal (the last may be
+    narrower), row i from column i // b * b on, zeros elsewhere. So b = n is the whole factor and b = 1 its diagonal,
+    without feedback. Where nothing is known of the inputs, `inputs` is None and A the identity.
     """
 
-    inputs: Array | None  # [groups, n, n]
-    outputs: Array
+    inputs: Array | None  # [groups, n, b]
+    outputs: Array  # [groups, rows, b]
 
     def rows(self) -> Array:
         """The diagonal [groups, rows] of the outputs' factor."""
-        diagonal: Array = self.outputs if self.outputs.ndim == 2 else np.diagonal(self.outputs, axis1=1, axis2=2)
-        return diagonal
+        return diagonal(self.outputs)
 
     def cost(self, errors: Array) -> float:
         """|R^T E L|^2 of errors [groups, rows, n], summed over the groups."""
-        turned = errors if self.inputs is None else errors @ self.inputs
-        across = (
-            self.outputs[..., None] * turned if self.outputs.ndim == 2 else self.outputs.transpose(0, 2, 1) @ turned
-        )
-        return float(np.square(across).sum())
+        total = 0.0
+        for g, error in enumerate(errors):
+            across = _whitened(self.outputs[g], error)
+            total += float(np.square(across if self.inputs is None else _whitened(self.inputs[g], across.T)).sum())
+        return total
+
+
+def diagonal(band: Array) -> Array:
+    """The diagonal [groups, n] of factors [groups, n, b]."""
+    at = np.arange(band.shape[1])
+    found: Array = band[:, at, at % band.shape[2]]
+    return found
+
+
+def _parts(n: int, width: int) -> list[slice]:
+    """The coordinates of each block of a factor."""
+    return [slice(at, min(at + width, n)) for at in range(0, n, width)]
+
+
+def _whitened(band: Array, x: Array) -> Array:
+    """The transpose of a factor [n, b] times x [n, m]."""
+    if band.shape[1] == 1:
+        return band * x
+    return np.concatenate([band[part, : part.stop - part.start].T @ x[part] for part in _parts(*band.shape)])
 
 
 @dataclass(frozen=True)
@@ -68,24 +94,55 @@ class Steps:
         return rows[..., None] * columns
 
 
-def waterfilled(metric: Metric, c: float, places: int) -> Steps:
+def waterfilled(metric: Metric, c: float, places: int, shape: tuple[int, ...]) -> Steps:
     """Steps at which each level interval costs about c^2 / 12 in the metric, whatever its row and column.
 
-    `places` is how many columns belong to one input channel: the size of the kernel.
+    `places` is how many columns belong to one input channel: the size of the kernel. `shape` is that of the weights,
+    [groups, rows, n]. Exponents that would take more bits than they save are zero, at the same mean cost.
     """
     if metric.inputs is None:
-        diagonal, places = np.ones((1, 1)), 1  # one step for all columns of a row
+        own, places = np.ones((1, 1)), 1  # one step for all columns of a row
     else:
-        diagonal = np.diagonal(metric.inputs, axis1=1, axis2=2)
-    group = np.exp(np.log(diagonal).mean(1, keepdims=True))  # [groups, 1]: a group's own scale goes to its rows
-    columns = -2 * np.log2(diagonal / group).mean(0).reshape(-1, places)
-    channels = np.rint(columns.mean(1, keepdims=True))
+        own = diagonal(metric.inputs)
+    group = np.exp(np.log(own).mean(1, keepdims=True))  # [groups, 1]: a group's own scale goes to its rows
+    columns = -2 * np.log2(own / group).mean(0).reshape(-1, places)
     rows = 1 / (metric.rows() * group)
-    middle = math.exp(float(np.log(rows).mean()))
-    found = (np.rint(2 * np.log2(rows / middle)), channels, np.rint((columns - channels).mean(0, keepdims=True)))
-    clipped = [np.clip(part, -40, 40).astype(np.int8) for part in found]
-    scale = float(np.float16(c * middle)) if 1e-4 < c * middle < 6e4 else float(np.float32(c * middle))
-    return Steps(scale, *clipped)
+    middle, size = math.exp(float(np.log(rows).mean())), math.prod(shape)
+    for least in (-PART, math.inf):  # all but clear losses, or none where these do not pay: headers that are alike
+        lines, by_row, first = _exponents(2 * np.log2(rows / middle), size, least)
+        channels, by_channel, second = _exponents(columns.mean(1, keepdims=True), size, least)
+        kernel, by_place, third = _exponents((columns - channels).mean(0, keepdims=True), size, least)
+        if first + second + third >= 0:
+            break
+    step = c * middle * by_row * by_channel * by_place
+    scale = float(np.float16(step)) if 1e-4 < step < 6e4 else float(np.float32(step))
+    return Steps(scale, lines, channels, kernel)
+
+
+def _exponents(wanted: Array, size: int, least: float) -> tuple[Array, float, float]:
+    """One part of the exponents of so many weights as int8, zeros where they save fewer bits than `least`.
+
+    Also what the scale is then multiplied by, and the bits that are saved. Steps of 2^(e/2) where 2^(w/2) are wanted
+    cost mean 2^(e - w), and save size / 2 * mean e bits at high rate, less at low rate. Exponents are coded about as
+    Laplace variables of their mean size.
+    """
+    wanted = np.clip(wanted, -200, 200)
+    sent = np.clip(np.rint(wanted), -40, 40).astype(np.int8)
+    mean = float(np.abs(sent.astype(np.float64)).mean())
+    if mean == 0:
+        return sent, 1.0, 0.0
+    alone = float(np.log2(np.exp2(-wanted).mean()))
+    saved = size / 2 * (alone - float(np.log2(np.exp2(sent - wanted).mean())) + float(sent.mean()))
+    bits = (1 + mean) * math.log2(1 + mean) - mean * math.log2(mean) + mean / (1 + mean)
+    saved -= wanted.size * bits
+    if saved > least:
+        return sent, 1.0, saved - PART
+    return np.zeros_like(sent), 2 ** (-alone / 2), 0.0
+
+
+def paths(n: int) -> bool:
+    """Whether rows of n weights are to be paths through the trellis."""
+    return n >= SHORT
 
 
 def levels(
@@ -96,26 +153,30 @@ def levels(
     The step of a weight is the product of its row's, steps[0] [groups, rows], and its column's, steps[1] [n] or [1].
     `rate` weighs bits against distortion: at 1 a bit is worth what it is worth at high rate. With diagonal factors and
     `rate` 0 this is rounding. With `trellis` each row is a path through the trellis (`codecs/trellis.py`), in which
-    nothing can be held at zero.
+    nothing can be held at zero. Raises `Overflow` where a level would have to be larger than any may be.
     """
     if trellis and kept is not None:
         raise ValueError("levels in a trellis cannot be held at zero")
     q = np.empty(w.shape, np.int32)
+    scales = None if metric.inputs is None else diagonal(metric.inputs)
     for g, weights in enumerate(w):
-        rows = metric.outputs[g] if metric.outputs.ndim == 3 else None
-        columns = None if metric.inputs is None else metric.inputs[g]
-        whitened = np.array(weights if rows is None else rows.T @ weights, np.float64)
-        own = np.ones(len(weights)) if rows is None else np.diagonal(rows)
+        rows = None if metric.outputs.shape[2] == 1 else np.ascontiguousarray(metric.outputs[g])
+        columns = None
+        if metric.inputs is not None and scales is not None and metric.inputs.shape[2] > 1:
+            columns = np.array(metric.inputs[g], order="C")
+            for part in _parts(*columns.shape):
+                columns[part, : part.stop - part.start] /= scales[g, part]
+        whitened = np.array(weights if rows is None else _whitened(rows, weights), np.float64)
+        own = np.ones(len(weights)) if rows is None else diagonal(rows[None])[0]
         column = np.array(np.broadcast_to(steps[1], weights.shape[1:]), np.float64)
         profile = (np.abs(whitened) / (own * steps[0][g])[:, None]).mean(0) / column
         weight = None
         if trellis:
-            weight = np.square(column if columns is None else column * np.diagonal(columns))
+            weight = np.square(column if scales is None else column * scales[g])
             weight /= weight.mean()
-        factors = [f if f is None else np.ascontiguousarray(f) for f in (rows, columns)]
         given = Recursion(
-            factors[0],
-            None if columns is None else np.ascontiguousarray(columns / np.diagonal(columns)),
+            rows,
+            columns,
             np.array(steps[0][g], np.float64),
             column,
             profile / max(float(profile.mean()), 1e-300),
@@ -124,6 +185,8 @@ def levels(
             None if kept is None else np.ascontiguousarray(kept[g]),
         )
         q[g] = given.levels(whitened)
+    if not np.abs(q).max(initial=0) < HIGHEST - 4:  # to which those of a trellis come as close
+        raise Overflow(f"a level is over {HIGHEST:.0f}: the steps are too fine")
     return q
 
 
@@ -157,6 +220,7 @@ def tree_of(q: Array, steps: Steps, shape: tuple[int, ...], transformed: bool) -
     channels = steps.channels.reshape(1, -1, *single[1:])
     places = steps.places.reshape(1, 1, *kernel) if len(shape) > 2 else steps.places
     levels_ = narrowed(q.reshape(shape))
-    parts = tuple(part for part in (steps.rows.reshape(shape[0], *single), channels, places) if part.any())
+    wanted = (steps.rows.reshape(shape[0], *single), channels, places) if q.any() else ()  # zeros need no steps
+    parts = tuple(part for part in wanted if part.any())
     node = Uniform(levels_, np.array(steps.scale, np.float32), None, parts)
     return Transformed(node) if transformed else node

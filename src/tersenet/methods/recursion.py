@@ -26,8 +26,8 @@ BLOCK, NEVER = 32, 1e300  # as in the C core
 class Recursion:
     """The recursion over one group: its rows from the last to the first, and in each its columns likewise."""
 
-    rows: Array | None  # Cholesky factor, or None where it is diagonal
-    columns: Array | None  # the same, each column divided by its diagonal
+    rows: Array | None  # Cholesky factor [rows, b] of blocks of b (see `Metric`), or None where it is diagonal
+    columns: Array | None  # the same [columns, b], each column divided by its diagonal
     row: Array  # steps are products of a row's part and a column's
     column: Array
     profile: Array  # mean sizes of columns in steps, 1 on average
@@ -40,7 +40,9 @@ class Recursion:
         found = np.zeros(whitened.shape, np.int32)
         arrays = (self.row, self.column, EDGES, self.profile, self.prices, self.kept, self.weight)
         row, column, edges, profile, prices, kept, weight = (a if a is None else a.ctypes.data for a in arrays)
-        settings = _Steps(*whitened.shape, row, column, edges, profile, prices, len(MEANS), HIGHEST, kept, weight)
+        widths = (1 if factor is None else factor.shape[1] for factor in (self.rows, self.columns))
+        tables = (row, column, edges, profile, prices)
+        settings = _Steps(*whitened.shape, *widths, *tables, len(MEANS), HIGHEST, kept, weight)
         room = np.empty(len(self.column)), np.empty(len(self.column), np.int32)
         done = native.call("feedback", whitened, self.rows, self.columns, ctypes.byref(settings), found, *room)
         if done is None:
@@ -53,7 +55,8 @@ class Recursion:
         """The NumPy twin of native/feedback.c."""
         found = np.zeros(whitened.shape, np.int32)
         for j in reversed(range(len(whitened))):
-            own = 1.0 if self.rows is None else self.rows[j, j]
+            start = j if self.rows is None else j // self.rows.shape[1] * self.rows.shape[1]
+            own = 1.0 if self.rows is None else self.rows[j, j - start]
             steps = self.column * self.row[j]
             kept = np.ones(len(steps), bool) if self.kept is None else self.kept[j]
             mean = np.cumsum(np.abs(whitened[j] / (own * steps)) * kept)[-1] / len(steps)  # in the order of the C core
@@ -61,7 +64,7 @@ class Recursion:
             line = _Line(whitened[j].copy(), own, steps, prices, self.columns)
             found[j] = line.nearest(kept) if self.weight is None else line.trellis(self.weight)
             if self.rows is not None:
-                whitened[:j] -= found[j] * steps * self.rows[j, :j, None]
+                whitened[start:j] -= found[j] * steps * self.rows[j, : j - start, None]
         return found
 
 
@@ -78,8 +81,12 @@ class _Line:
 
     def carry(self, carried: Array, i: int, level: int, first: int = 0) -> None:
         """What a level adds to the coordinates from `first` on that `carried` holds."""
-        if self.columns is not None:
-            carried += self.columns[i, first : first + len(carried)] * self.error(i, level)
+        if self.columns is None:
+            return
+        start, stop = i // self.columns.shape[1] * self.columns.shape[1], first + len(carried)
+        begin = max(first, start)
+        if begin < stop:
+            carried[begin - first :] += self.columns[i, begin - start : stop - start] * self.error(i, level)
 
     def nearest(self, kept: Array) -> Array:
         carried, found = np.zeros(len(self.steps)), np.zeros(len(self.steps), np.int32)
@@ -167,7 +174,7 @@ def _cheapest(size: float, bits: Array, weight: float, odd: int, parity: int) ->
 
 class _Steps(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("lines", "values")],
+        *[(name, ctypes.c_int64) for name in ("lines", "values", "line_width", "value_width")],
         *[(name, ctypes.c_void_p) for name in ("line", "value", "edge", "profile", "bits")],
         ("contexts", ctypes.c_int32),
         ("highest", ctypes.c_double),

@@ -12,10 +12,12 @@ import numpy as np
 
 from tersenet.packed import Array, Packed, Transformed, kernel_dct
 
+LARGEST, LONGEST = 256, 64  # places in a kernel, and along one side of it, beyond which transforming costs too much
+
 
 def spatial(shape: tuple[int, ...]) -> bool:
     """Whether a weight of this shape, [outputs, inputs, height, width], has kernels that a DCT can act on."""
-    return len(shape) == 4 and shape[2] * shape[3] > 1
+    return len(shape) == 4 and 1 < shape[2] * shape[3] <= LARGEST and max(shape[2:]) <= LONGEST
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,40 @@
 """Output-aware quantization to a budget: the global step, the damping of rows and the price of bits that keep it best.
 
-Files made with each of two dampings and two prices are compared, and what stays closest to the float network's outputs
-wins, on inputs that the moments have not seen: on the others feedback hides part of its errors (half of them on
-MobileNetV2 with 200 images). Closeness is the squared difference of the outputs: on inputs that the network was trained
-on it says how a file does on others (correlation 0.98 with the divergence on ResNet-20's test images), where the
-divergence itself, which hardly sees inputs that the network is sure of, does not (0.6).
+Files made with each of two dampings and two prices are compared, and one made as if nothing were known of the inputs;
+what stays closest to the float network's outputs wins, on inputs that the moments have not seen: on the others feedback
+hides part of its errors (half of them on MobileNetV2 with 200 images). Closeness is the squared difference of the
+outputs: on inputs that the network was trained on it says how a file does on others (correlation 0.98 with the
+divergence on ResNet-20's test images), where the divergence itself, which hardly sees inputs that the network is sure
+of, does not (0.6). Where the network fits without any loss, that is what is taken.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from tersenet.allocators.lagrange import from_below
 from tersenet.artifact import Coding, load
+from tersenet.packed import Tree
 from tersenet.recipe import Draft, artifact_of
-from tersenet.stages.waterfill import Damping, Gathered, Prepared, difference, outputs, prepare, weighed
+from tersenet.stages.gathering import Gathered, outputs, weighed
+from tersenet.stages.waterfill import Damping, Prepared, prepare
 from tersenet.task import Task, progress
 
 DAMPINGS = (Damping(), Damping(rows=1.0))
 RATES = (0.3, 0.5)  # how much a bit weighs against distortion
 QUICK = Coding(("bits", "context"))  # nearly as small as the best of all codecs, and never smaller
 FALL = 5  # by experience: the difference falls with about this power of the size
+LOOSE = 0.8  # files that use less of the budget are looked at again
+ERROR = 3  # bytes that a measured error will add to each tensor
 
 
 @dataclass
 class Search:
     """The files of one network at one size: `most` bytes, with the step that met it last as the next one's start."""
 
-    gathered: Gathered
     most: int
     coding: Coding
-    c: float
+    c: float | None = None
 
     def met(self, prepared: Prepared, rate: float, used: float = 0.985, tries: int = 16) -> tuple[Draft, int]:
         """The draft at the finest step found whose file keeps the size, and that file's bytes."""
@@ -37,12 +42,28 @@ class Search:
 
         def size_at(c: float) -> int:
             draft = prepared.at(c, rate)
-            errors = 3 * (len(prepared.layers) + len(prepared.shifts))  # bytes that the measured errors will add
+            errors = ERROR * (len(prepared.layers) + len(prepared.shifts))
             drafts[c] = draft, artifact_of(draft, self.coding).nbytes + errors
             return drafts[c][1]
 
-        self.c = from_below(size_at, self.most, self.c, used, tries)
+        start = prepared.guess(self.most) if self.c is None else self.c
+        self.c = from_below(size_at, self.most, start, used, tries)
         return drafts[self.c]
+
+
+def without_loss(gathered: Gathered) -> Draft:
+    """The draft with each weight in the smallest tree that holds it without loss."""
+    trees: dict[str, Tree] = {name: kept.tree for name, kept in gathered.lossless.items()}
+    return gathered.draft.with_trees(trees)
+
+
+def _fits(gathered: Gathered, most: int, coding: Coding) -> Draft | None:
+    """The draft without loss, where its file keeps the size."""
+    bits = sum(kept.bits for kept in gathered.lossless.values())
+    if bits > 8.8 * most:  # an estimate, which saves coding all floats for nothing
+        return None
+    draft = without_loss(gathered)
+    return draft if artifact_of(draft, coding).nbytes + ERROR * len(gathered.lossless) <= most else None
 
 
 def to_size(gathered: Gathered, most: int, coding: Coding | None = None) -> Draft:
@@ -51,40 +72,79 @@ def to_size(gathered: Gathered, most: int, coding: Coding | None = None) -> Draf
     With moments, files are made with each of `DAMPINGS` and `RATES`, and the one whose outputs on the inputs that were
     held back stay closest to the unquantized network's is taken.
     """
-    x = gathered.held
-    search = Search(gathered, most, coding or QUICK, 0.1 if x is None else 0.003)
-    if x is None:
-        return search.met(prepare(gathered), 0.0)[0]
-    search.met(prepare(gathered), RATES[0])
-    gathered = weighed(gathered, search.c)
-    wanted = outputs(gathered.draft, x)
-    found: list[tuple[float, Draft]] = []
-    ways = [(prepare(gathered, damping), rate) for damping in DAMPINGS for rate in RATES]
-    for prepared, rate in progress(ways, "quantizing", len(ways)):
-        draft, size = search.met(prepared, rate)
-        found.append((difference(wanted, outputs(draft, x)) * (size / most) ** FALL, draft))
-    return min(found, key=lambda pair: pair[0])[1]
+    whole = _fits(gathered, most, coding or Coding())
+    if whole is not None:
+        return whole
+    task, likelihood, search = gathered.task, gathered.likelihood, Search(most, coding or QUICK)
+    if task is None or likelihood is None or not gathered.found:
+        return _blind(gathered, search)
+    gathered = _weighed(gathered, search)
+    wanted = outputs(task, gathered.draft.module(), gathered.held)
+    best: tuple[float, Draft] | None = None
+    for prepared, rate, own in progress(_ways(gathered, search), "quantizing", len(DAMPINGS) * len(RATES) + 1):
+        draft, size = own.met(prepared, rate)
+        error = likelihood.difference(wanted, outputs(task, draft.module(), gathered.held)) * (size / most) ** FALL
+        if best is None or error < best[0] or not math.isfinite(best[0]):
+            best = error, draft
+    assert best is not None
+    return best[1]
+
+
+def _ways(gathered: Gathered, search: Search) -> Iterator[tuple[Prepared, float, Search]]:
+    """How files are made, one prepared network at a time: they are large."""
+    for damping in DAMPINGS:
+        prepared = prepare(gathered, damping)
+        for rate in RATES:
+            yield prepared, rate, search
+        del prepared
+    yield prepare(gathered, aware=False), 0.0, Search(search.most, search.coding)
+
+
+def _weighed(gathered: Gathered, search: Search) -> Gathered:
+    """The layers weighed at the step that meets the size."""
+    first = prepare(gathered)
+    search.met(first, RATES[0], 0.9)
+    return weighed(gathered, first, search.c or first.unit)
+
+
+def _blind(gathered: Gathered, search: Search) -> Draft:
+    """The draft at a size where nothing is known but the weights."""
+    draft, size = search.met(prepare(gathered, aware=False), 0.0)
+    if size > LOOSE * search.most:
+        return draft
+    # Weights kept without loss, and zeros that are held, leave too few sizes to choose from.
+    free = replace(prepare(gathered, aware=False, hold=False), lossless={})
+    return min(draft, Search(search.most, search.coding).met(free, 0.0)[0], key=free.loss)
 
 
 def to_drop(gathered: Gathered, points: float, task: Task, coding: Coding | None = None) -> Draft:
-    """The smallest file found whose metric, on the task's data for choosing, falls by at most `points`."""
-    floor = task.score(task.held(), gathered.draft.module()) - points / 100
-    begun = _coarsest(prepare(gathered), floor, task)
+    """The smallest file found whose metric, on the task's data for choosing, falls by at most `points`.
+
+    Where even fine steps lose more, the network is kept without loss.
+    """
+    before = task.score(task.held(), gathered.draft.module())
+    begun = _coarsest(prepare(gathered), before, points, task)
     if begun is None:
-        raise ValueError(f"a drop of {points} points cannot be met: the finest step that was tried loses more")
-    gathered = weighed(gathered, begun[1])
+        return without_loss(gathered)
+    gathered = weighed(gathered, prepare(gathered), begun[1])
     tried = progress(DAMPINGS, "quantizing", len(DAMPINGS))
-    found = [begun, *(_coarsest(prepare(gathered, damping), floor, task) for damping in tried)]
-    return min((one[0] for one in found if one), key=lambda draft: artifact_of(draft, coding or QUICK).nbytes)
+    found = [begun, *(_coarsest(prepare(gathered, damping), before, points, task) for damping in tried)]
+    drafts = [one[0] for one in found if one] + [without_loss(gathered)]
+    return min(drafts, key=lambda draft: artifact_of(draft, coding or QUICK).nbytes)
 
 
-def _coarsest(prepared: Prepared, floor: float, task: Task) -> tuple[Draft, float] | None:
-    """The draft at the coarsest step found that keeps the floor, and the step."""
-    best, low, high = None, 1e-6, 0.1
-    for _ in range(9):
+def _coarsest(prepared: Prepared, before: float, points: float, task: Task) -> tuple[Draft, float] | None:
+    """The draft at the coarsest step found that keeps the metric, and the step."""
+    best, low, high = None, prepared.unit * 2.0**-16, prepared.unit * 4.0
+    for _ in range(10):
         c = math.sqrt(low * high)
         draft = prepared.at(c)
-        if task.score(task.held(), load(artifact_of(draft, QUICK).to_bytes()).into(draft.model)) >= floor:
+        try:
+            after = task.score(task.held(), load(artifact_of(draft, QUICK).to_bytes()).into(draft.module()))
+            keeps = 100 * task.metric.gain(after, before) >= -points
+        except ValueError:  # a metric that is no number
+            keeps = False
+        if keeps:
             best, low = (draft, c), c
         else:
             high = c

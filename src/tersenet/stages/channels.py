@@ -21,15 +21,17 @@ from torch import nn
 from tersenet.allocators.amc import AMC, Problem, RandomSearch
 from tersenet.artifact import Coding
 from tersenet.calibrate import Moments, moments
+from tersenet.data import Batch, samples
+from tersenet.likelihood import Likelihood
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.methods.surgeon import damped, solved
 from tersenet.packed import Array, Sliced, Sparse, Tree, narrowed
 from tersenet.recipe import Draft, artifact_of, cache_folder, dense_array
 from tersenet.stages.coupling import Coupling
+from tersenet.stages.folding import untied
 from tersenet.task import Task, one_thread
 
 BITS = Coding(("bits",))
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ class Plan:
     found: dict[str, Moments]
 
     @staticmethod
-    def of(draft: Draft, task: Task, samples: int, seed: int = 0) -> "Plan":
+    def of(draft: Draft, task: Task, count: int, seed: int = 0) -> "Plan":
         """Trace the network on training inputs and gather its moments."""
-        model, x = draft.module(), task.calibration(samples)
+        draft = untied(draft)
+        model, batches = draft.module(), task.calibration(count)
         with one_thread():
-            coupling = Coupling.of(model, x[:2])
-            found = moments(model, x, task, labels=1, seed=seed)
+            coupling = Coupling.of(task, model, task.calibration(2)[0])
+            found = moments(task, model, batches, Likelihood.of(task), labels=1, seed=seed)
         spaces = coupling.spaces()
         if not spaces:
             raise ValueError("no channel of this network can be taken out: all are fixed by what reads them")
@@ -119,27 +122,30 @@ class Plan:
             kept.setdefault(name, {})[axis] = self.coupling.kept((name, axis), gone)
         dense = {name: dense_array(self.draft.tensors[name]) for name in kept}
         for name, along in kept.items():
-            if 1 in along and not along[1].all() and name in self.found:
-                bias = self.draft.bias(name)
-                dense[name], lost = self._fitted(name, along[1], damping, bias in dense)
-                if bias in dense:
-                    dense[bias] = (dense[bias] + lost).astype(np.float32)
+            known = self.found.get(name)
+            if known is not None and known.form.straight and 1 in along and not along[1].all():
+                biased = known.bias in dense
+                dense[name], lost = self._fitted(name, along[1], damping, biased)
+                if known.bias is not None and biased:
+                    dense[known.bias] = (dense[known.bias] + lost).astype(np.float32)
         return self.draft.with_trees({name: _sliced(dense[name], along) for name, along in kept.items()})
 
     def _fitted(self, name: str, kept: Array, damping: float, biased: bool) -> tuple[Array, Array]:
         """Weights that read only the kept channels, and the mean that their output lost, for a bias to take up."""
         w, known = dense_array(self.draft.tensors[name]), self.found[name]
-        a, mean = known.inputs.numpy()[0], known.means.numpy()[0]
-        if biased:
-            a = a - np.outer(mean, mean)
-        columns = np.repeat(kept, len(a) // len(kept))
+        blocks, mean = known.inputs.numpy()[0], known.means.numpy()[0]
         flat = w.reshape(len(w), -1).astype(np.float64)
-        within = a[np.ix_(columns, columns)]
-        inner = damped(within[None], damping)[0]
-        found = np.zeros_like(flat)
-        product = (torch.from_numpy(flat) @ torch.from_numpy(a[:, columns])).numpy()
-        right = product + flat[:, columns] * (inner - within).diagonal()
-        found[:, columns] = solved(inner, right.T).T
+        columns, found, width = np.repeat(kept, flat.shape[1] // len(kept)), np.zeros_like(flat), blocks.shape[1]
+        for block, at in zip(blocks, range(0, flat.shape[1], width), strict=True):
+            part, there = flat[:, at : at + width], columns[at : at + width]
+            n, own = part.shape[1], mean[at : at + width]
+            a = block[:n, :n] - np.outer(own, own) if biased else block[:n, :n]
+            if there.any():
+                within = a[np.ix_(there, there)]
+                inner = damped(within[None], damping)[0]
+                product = (torch.from_numpy(part.copy()) @ torch.from_numpy(a[:, there])).numpy()
+                right = product + part[:, there] * (inner - within).diagonal()
+                found[:, at + np.flatnonzero(there)] = solved(inner, right.T).T
         return found.reshape(w.shape).astype(np.float32), (flat - found) @ mean
 
 
@@ -207,12 +213,15 @@ class SearchChannels:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         if task is None:
             raise ValueError("channels are found by running the network: give a Task with training data")
-        plan, held, model = Plan.of(draft, task, self.samples, self.search.seed), task.held(), draft.module()
-        x, y = held if isinstance(held, tuple) else next(iter(held))
-        part = x[: self.scored], y[: self.scored]
+        plan, model = Plan.of(draft, task, self.samples, self.search.seed), draft.module()
+        part: list[Batch] = []
+        for batch in task.held().batches(min(500, self.scored)):
+            if part and sum(samples(inputs) for inputs, _ in (*part, batch)) > self.scored:
+                break
+            part.append(batch)
 
         def score(pruned: Draft) -> float:
-            return task.score(part, artifact_of(pruned).into(model))
+            return float(task.metric.gain(task.score(part, artifact_of(pruned).into(model)), 0.0))
 
         mark = hashlib.sha256(f"{task.digest()}{self}".encode() + artifact_of(draft, BITS).to_bytes())
         folder = cache_folder() / f"amc-{mark.hexdigest()[:24]}"
@@ -226,7 +235,8 @@ class DropDead:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         if task is None:
             raise ValueError("channels are found by running the network: give a Task with training data")
-        coupling = Coupling.of(draft.module(), task.calibration(2))
+        draft = untied(draft)
+        coupling = Coupling.of(task, draft.module(), task.calibration(2)[0])
         frozen = {coupling.root(label) for label in coupling.frozen}
         dense = {name: dense_array(draft.tensors[name]).copy() for name, _ in coupling.axes}
         while True:
@@ -243,11 +253,11 @@ class DropDead:
                 stays = coupling.kept((name, axis), gone)
                 dense[name][(slice(None),) * axis + (~stays,)] = 0
             if sum(int(np.count_nonzero(w)) for w in dense.values()) == before:
-                return draft.with_trees({name: _masked(draft, name, w) for name, w in dense.items()})
+                changed = {n: w for n, w in dense.items() if not np.array_equal(w, dense_array(draft.tensors[n]))}
+                return draft.with_trees({name: _masked(draft.tensors[name].tree, w) for name, w in changed.items()})
 
 
-def _masked(draft: Draft, name: str, w: Array) -> Tree:
-    tree = draft.tensors[name].tree
+def _masked(tree: Tree, w: Array) -> Tree:
     if not isinstance(tree, Sparse):
         return w
     mask = tree.mask & (w != 0)
@@ -265,14 +275,14 @@ def small(draft: Draft) -> nn.Module:
         if tensor is None or not isinstance(tensor.tree, Sliced):
             continue
         rows, columns = _kept(tensor.tree, 0), _kept(tensor.tree, 1)
-        if isinstance(layer, NORMS):
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
             layer.num_features = len(rows)
             for part in ("running_mean", "running_var"):
                 if getattr(layer, part) is not None:
                     setattr(layer, part, getattr(layer, part)[rows].clone())
         elif isinstance(layer, nn.Linear):
             layer.out_features, layer.in_features = len(rows), len(columns)
-        elif isinstance(layer, nn.Conv2d):
+        elif isinstance(layer, nn.modules.conv._ConvNd):
             depthwise = layer.groups > 1
             layer.out_channels = len(rows)
             layer.in_channels = len(rows) if depthwise else len(columns)

@@ -8,6 +8,7 @@ compiled and no layer has to be of a known class.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tersenet.data import samples
+from tersenet.task import Task
+
+KNOWN = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)  # layers that `channels.small` can shrink
 # Functions that work on each channel alone and map 0 to 0, by the names that torch gives them.
 CHANNELWISE = {
     "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "prelu", "elu", "gelu", "silu",
@@ -49,13 +54,17 @@ class Coupling:
     frozen: set[int] = field(default_factory=lambda: {0})
 
     @staticmethod
-    def of(model: nn.Module, x: Tensor) -> "Coupling":
-        """What one forward pass of `x` [samples, ...] shows; the model is read in evaluation mode."""
-        found, training = Coupling(), model.training
-        with torch.no_grad(), _Tracer(model, found, x) as tracer:
-            out = model.eval()(x)
-            tracer.freeze(out)
-        model.train(training)
+    def of(task: Task, model: nn.Module, inputs: Any) -> "Coupling":
+        """What one forward pass of a batch of inputs shows; the model is read in evaluation mode."""
+        found, own = Coupling(), task.running(model)
+        tracer = _Tracer(own, found, samples(inputs))
+        handle = own.register_forward_hook(lambda layer, given, out: tracer.freeze(out))
+        with torch.no_grad(), tracer:
+            tracer.freeze(task.outputs(own, inputs))
+        handle.remove()
+        for (name, _), labels in found.axes.items():
+            if tracer.reads[name] != 1:  # what else reads a parameter needs all of it
+                found.frozen.update(labels)
         return found
 
     def root(self, label: int) -> int:
@@ -97,9 +106,16 @@ class Coupling:
 class _Tracer(TorchFunctionMode):
     """Hands labels from tensor to tensor; a tensor without labels has channels that stay."""
 
-    def __init__(self, model: nn.Module, found: Coupling, x: Tensor) -> None:
-        self.found, self.samples = found, len(x)
-        self.names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    def __init__(self, model: nn.Module, found: Coupling, count: int) -> None:
+        super().__init__()
+        self.found, self.samples, self.reads = found, count, Counter[str]()
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        self.names = {
+            id(p): f"{layer}.{part}".lstrip(".")
+            for layer, module in model.named_modules()
+            for part, p in module.named_parameters(recurse=False)
+            if isinstance(module, KNOWN) and part in ("weight", "bias") and uses[id(p)] == 1
+        }
         self.labels: dict[int, tuple[int, ...]] = {}
         self.alive: list[Any] = []  # no id may be used twice
 
@@ -107,6 +123,8 @@ class _Tracer(TorchFunctionMode):
         given = dict(kwargs or {})
         before = [self.labels.get(id(t)) for t in _tensors((args, given))]  # in-place functions change their input
         result = func(*args, **given)
+        if _tensors(result):
+            self.reads.update(self.names[id(t)] for t in _tensors((args, given)) if id(t) in self.names)
         if isinstance(result, Tensor):
             self.alive.append((result, args, given))
             labels = self._handed(getattr(func, "__name__", ""), args, given, result, before)
@@ -122,7 +140,9 @@ class _Tracer(TorchFunctionMode):
         return result
 
     def freeze(self, things: Any) -> None:
-        for tensor in _tensors(things):
+        for tensor in _tensors(
+            things if isinstance(things, Iterable) else list(getattr(things, "__dict__", {}).values())
+        ):
             self.found.frozen.update(self.labels.get(id(tensor), ()))
 
     def _handed(self, name: str, args: Any, given: Any, out: Tensor, before: list[Any]) -> tuple[int, ...] | None:
@@ -133,10 +153,11 @@ class _Tracer(TorchFunctionMode):
         if mine is None:
             return None if any(before) else ()
         if name in ("batch_norm", "instance_norm"):
-            for parameter in _tensors((args[3:], given)):
-                if id(parameter) in self.names:
-                    self.found.axes[self.names[id(parameter)], 0] = mine
-            return mine
+            own = [self.names[id(p)] for p in _tensors((args[3:], given)) if id(p) in self.names]
+            self.found.axes |= dict.fromkeys([(one, 0) for one in own], mine)
+            return mine if any(one.endswith("weight") for one in own) else None  # a scale of 0 makes its channel 0
+        if name == "prelu" and args[1].numel() > 1:
+            return None
         if name in CHANNELWISE:
             return mine
         if name in SUMS and len(before) == 2 and before[1] is not None and args[0].shape == args[1].shape:
@@ -169,7 +190,8 @@ class _Tracer(TorchFunctionMode):
         groups = given.get("groups", args[6] if len(args) > 6 else 1)
         if known in self.found.uses:  # what is used twice has both uses' channels to serve
             self.found.frozen.update((*self.found.uses[known].rows, *self.found.uses[known].columns))
-        if known is None or known in self.found.uses or (name == "linear" and x.dim() != 2):
+        axes = 2 if name == "linear" else int(name[4]) + 2
+        if known is None or known in self.found.uses or x.dim() != axes:
             return None
         columns = mine if mine is not None else (0,) * x.shape[1]
         depthwise = groups > 1 and groups == x.shape[1] == len(weight)
@@ -185,9 +207,11 @@ class _Tracer(TorchFunctionMode):
             self.found.axes[known, 0] = rows
             if not depthwise:
                 self.found.axes[known, 1] = columns
-            if bias is not None and id(bias) in self.names:
+            if bias is not None and id(bias) not in self.names:
+                self.found.frozen.update(rows)
+            elif bias is not None:
                 self.found.axes[self.names[id(bias)], 0] = rows
-        work = out.numel() // (self.samples * out.shape[1]) * math.prod(weight.shape[2:])
+        work = max(1, out.numel() // (self.samples * out.shape[1])) * math.prod(weight.shape[2:])
         grouped = groups > 1 and not depthwise
         self.found.uses[known] = Use(rows, columns, depthwise, work // groups if grouped else work)
         return rows

@@ -8,9 +8,10 @@ forward, and takes the gradient straight through (Bengio, Leonard, Courville 201
 chose, and levels that are zero stay zero, so that the file does not grow.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,83 +19,196 @@ from torch import Tensor as Array
 from torch import nn
 from torch.func import functional_call
 
-from tersenet.artifact import Tensor
+from tersenet.artifact import Artifact, Tensor, as_stored
+from tersenet.norms import FOLDED, folded_norms
 from tersenet.packed import Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
 from tersenet.recipe import Draft
-from tersenet.task import Schedule, Task, one_thread, progress
+from tersenet.task import Schedule, Task, duplicate, one_thread, progress
 
 
 def tune(draft: Draft, task: Task, schedule: Schedule, epochs: range, seed: int, label: str = "tuning") -> Draft:
     """The draft with its trainable float leaves, biases and norms trained over `epochs` of the schedule.
 
-    Buffers such as BatchNorm's running statistics follow, as in any training. Raises ValueError where the loss stops
-    being a number.
+    Buffers such as BatchNorm's running statistics follow, as in any training, but those of folded norms. What has
+    `requires_grad` False is left as it is. Raises ValueError where the loss stops being a number.
     """
-    return _trained(_Network(draft), task, schedule, epochs, seed, label)
+    return _trained(_Network(draft, task.device), task, schedule, epochs, seed, label)
 
 
 def _trained(network: "_Network", task: Task, schedule: Schedule, epochs: range, seed: int, label: str) -> Draft:
-    if network.before.model is None:
+    before = network.before
+    if before.model is None:
         raise ValueError("this stage trains the network, but only arrays were given: use Task(model, ...)")
+    if len(epochs) and not network.leaves:
+        raise ValueError("this stage trains the network, but all of it is frozen: set requires_grad of some parameters")
+    held = folded_norms(before.tensors)
     with one_thread():
         optimizer = schedule.optimizer(network.leaves)
-        model = network.before.model.train()
-        if isinstance(network, _Levels):
-            for layer in model.modules():
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                    layer.eval()  # folded norms have no statistics to follow
+        whole = _Whole(duplicate(before.model).to(task.device).train(), task)
+        for name, layer in whole.model.named_modules():
+            # Folded norms have no statistics to follow, nor have those of a network whose weights are levels.
+            still = isinstance(network, _Levels) and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            if name in held or still:
+                layer.eval()
         for epoch in progress(epochs, label, len(epochs)):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(epoch)
-            for x, y in task.batches(epoch, seed, schedule.batch):
-                optimizer.zero_grad(set_to_none=True)
-                outputs = functional_call(model, network.state(), (x,), tie_weights=False)
-                loss = task.loss_of(outputs, x, y)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+            loss: Array | None = None
+            with contextlib.closing(task.batches(epoch, seed, schedule.batch)) as batches:
+                for inputs, targets in batches:
+                    optimizer.zero_grad(set_to_none=True)
+                    state = {f"model.{name}": value for name, value in network.state().items()}
+                    outputs = functional_call(whole, state, (inputs,), tie_weights=False)
+                    loss = task.loss_of(outputs, inputs, targets)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    network.follow({name.removeprefix("model."): value for name, value in state.items()})
+            if loss is None:
+                raise ValueError("this stage trains the network, but the training data hold no batch")
             if not bool(torch.isfinite(loss)):
                 raise ValueError(
                     f"the loss became {loss.item()} in epoch {epoch}: lower the learning rate {schedule.lr}"
                 )
-        model.eval()
         return network.draft()
 
 
+class _Whole(nn.Module):
+    """The network as the task calls it."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, inputs: Any) -> Any:
+        return self.task.outputs(self.model, inputs)
+
+
 class _Network:
-    """The draft's trees as torch leaves, the dense weights they make, and the way back."""
+    """The draft's trees as torch leaves, the dense weights they make, and the way back.
 
-    def __init__(self, draft: Draft) -> None:
-        self.before, self.leaves = draft, list[Array]()
+    Leaves are float32, or float64 where the arrays are; the network gets each tensor in its own type. What is not
+    trained is `kept`, dense: buffers, frozen parameters, the scales of folded norms.
+    """
+
+    def __init__(self, draft: Draft, device: str = "cpu") -> None:
+        self.before, self.device, self.leaves = draft, torch.device(device), list[Array]()
+        model = draft.model
+        parameters = [] if model is None else model.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+        free = {n: t for n, t in draft.tensors.items() if n in draft.trainable - frozen and t.note != FOLDED}
         self.trees: dict[int, Tree] = {}
-        for name, tensor in draft.tensors.items():
-            if id(tensor) not in self.trees:
-                self.trees[id(tensor)] = self._tree(tensor.tree, name in draft.trainable)
+        with self._placed():
+            for tensor in free.values():
+                if id(tensor) not in self.trees:
+                    self.trees[id(tensor)] = self._tree(tensor.tree)
+        rest = {name: tensor for name, tensor in draft.tensors.items() if id(tensor) not in self.trees}
+        dense = Artifact(rest).state_dict()
+        self.kept = {id(tensor): dense[name].to(self.device) for name, tensor in rest.items()}
 
-    def _tree(self, tree: Tree, trainable: bool) -> Tree:
-        return map_arrays(tree, self._leaf if trainable else _held)
+    def _placed(self) -> Any:
+        """Makes new tensors on the device, those that nodes make while they unpack too."""
+        return contextlib.nullcontext() if self.device.type == "cpu" else self.device
+
+    def _tree(self, tree: Tree) -> Tree:
+        if isinstance(tree, Uniform) and not isinstance(tree.scale, Packed):
+            node, unit = cast(Uniform, map_arrays(tree, self._held)), self._held("", _unit(tree))
+            moved = torch.zeros_like(unit).requires_grad_()
+            self.leaves.append(moved)
+            return _Stepped(node, moved, unit)
+        return _rebuilt(tree, self._tree) if isinstance(tree, Packed) else map_arrays(tree, self._leaf)
+
+    def _held(self, path: str, array: object) -> Array:
+        return torch.from_numpy(np.array(array)).to(self.device)
 
     def _leaf(self, path: str, array: object) -> Array:
-        made = _held(path, array)
+        made = self._held(path, array)
         if made.is_floating_point():
-            made = made.float().requires_grad_()
+            made = (made if made.dtype == torch.float64 else made.float()).requires_grad_()
             self.leaves.append(made)
         return made
 
     def state(self) -> dict[str, Array]:
-        dense = {key: unpack(tree) for key, tree in self.trees.items()}
+        """Every tensor by name, in its own type, made of the leaves as they are now."""
+        dense: dict[int, Array] = dict(self.kept)
+        with self._placed():
+            for tensor in self.before.tensors.values():
+                if id(tensor) not in dense:
+                    made = unpack(self.trees[id(tensor)]).to(getattr(torch, tensor.dtype))
+                    dense[id(tensor)] = _Strided.apply(made)  # type: ignore[no-untyped-call]
         return {name: dense[id(tensor)] for name, tensor in self.before.tensors.items()}
+
+    def follow(self, state: Mapping[str, Array]) -> None:
+        """Take over buffers that the network has put in place of those it was given; it changes most in place."""
+        for name, tensor in self.before.tensors.items():
+            if id(tensor) in self.kept:
+                self.kept[id(tensor)] = state[name].detach()
 
     def draft(self) -> Draft:
         renewed: dict[int, Tensor] = {}
-        for tensor in self.before.tensors.values():
-            tree = self._arrays(self.trees[id(tensor)])
-            if not isinstance(tree, Packed) and tree.dtype.kind == "f" and tensor.dtype in ("float16", "float64"):
-                tree = tree.astype(tensor.dtype)
-            renewed.setdefault(id(tensor), replace(tensor, tree=tree))
-        return replace(self.before, tensors={n: renewed[id(t)] for n, t in self.before.tensors.items()})
+        for name, tensor in self.before.tensors.items():
+            if id(tensor) in self.trees:
+                with self._placed():
+                    tree = self._arrays(self.trees[id(tensor)])
+                whole = isinstance(tree, Packed)
+                renewed[id(tensor)] = replace(tensor, tree=tree if whole else replace(tensor, tree=tree).unpack())
+            elif not isinstance(tensor.tree, Packed):
+                renewed[id(tensor)] = replace(tensor, tree=as_stored(name, self.kept[id(tensor)])[0])
+        return replace(self.before, tensors={n: renewed.get(id(t), t) for n, t in self.before.tensors.items()})
 
     def _arrays(self, tree: Tree) -> Tree:
-        return map_arrays(tree, lambda _, a: a.detach().numpy())
+        if isinstance(tree, _Stepped):
+            return replace(_numpy(tree.node), scale=_numpy(tree.scale))
+        return _rebuilt(tree, self._arrays) if isinstance(tree, Packed) else _numpy(tree)
+
+
+def _numpy(tree: Tree) -> Any:
+    return map_arrays(tree, lambda _, array: array.detach().cpu().numpy())
+
+
+def _unit(node: Uniform) -> Any:
+    """By how much each step of a `Uniform` changes where its weights together change by 1."""
+    scale = np.asarray(node.scale)
+    squares = np.square(replace(node, scale=np.ones_like(scale)).unpack().astype(np.float64))
+    squares = squares.sum(tuple(range(squares.ndim - scale.ndim)))
+    squares = squares.sum(tuple(axis for axis, n in enumerate(scale.shape) if n == 1), keepdims=True)
+    return np.asarray(1 / np.sqrt(np.where(squares > 0, squares, 1)), np.float32).reshape(scale.shape)
+
+
+class _Strided(torch.autograd.Function):
+    """The same tensor, with a gradient that optimisers and nodes can take where an embedding gives a sparse one."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Array) -> Array:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: Array) -> Array:
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+@dataclass(frozen=True, eq=False)
+class _Stepped(Packed):
+    """A `Uniform` whose steps are trained by what `moved` adds to them, in units of `_unit`.
+
+    A step is shared by many levels: its own gradient is as much larger than a weight's as all of these together.
+    """
+
+    node: Uniform
+    moved: Array
+    unit: Array
+
+    @property
+    def scale(self) -> Array:
+        scale: Array = unpack(self.node.scale)
+        return scale + self.moved * self.unit
+
+    def unpack(self) -> Array:
+        dense: Array = replace(self.node, scale=self.scale).unpack()
+        return dense
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.node.shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,22 +238,22 @@ class _Straight(Packed):
 class _Levels(_Network):
     """The same for `TrainLevels`: only what is quantized is trained, its levels too."""
 
-    def _tree(self, tree: Tree, trainable: bool) -> Tree:
-        if not trainable or not isinstance(tree, Packed):
-            return map_arrays(tree, _held)
-        if isinstance(tree, Uniform) and tree.zero is None and np.ptp(tree.q) > 0:  # a folded norm's are all equal
-            node = cast(Uniform, map_arrays(tree, _held))
+    def _tree(self, tree: Tree) -> Tree:
+        if not isinstance(tree, Packed):
+            return map_arrays(tree, self._held)
+        if isinstance(tree, Uniform) and tree.zero is None and tree.q.min() != tree.q.max():  # constants stay
+            node = cast(Uniform, map_arrays(tree, self._held))
             weight = node.unpack().requires_grad_()
             self.leaves.append(weight)
-            kept = (node.q != 0).float() if weight.dim() > 1 else torch.ones(weight.shape)
+            kept = (node.q != 0).float() if weight.dim() > 1 else torch.ones_like(weight)
             return _Straight(weight, kept, node)
-        return _rebuilt(tree, lambda part: self._tree(part, True))
+        return _rebuilt(tree, self._tree)
 
     def _arrays(self, tree: Tree) -> Tree:
         if isinstance(tree, _Straight):
-            q = tree.levels().detach().round().to(torch.int32).numpy()
-            return replace(super()._arrays(tree.node), q=narrowed(q))
-        return _rebuilt(tree, self._arrays) if isinstance(tree, Packed) else super()._arrays(tree)
+            q = tree.levels().detach().round().to(torch.int32).cpu().numpy()
+            return replace(_numpy(tree.node), q=narrowed(q))
+        return super()._arrays(tree)
 
 
 def _rebuilt(tree: Packed, change: Callable[[Tree], Tree]) -> Packed:
@@ -147,10 +261,6 @@ def _rebuilt(tree: Packed, change: Callable[[Tree], Tree]) -> Packed:
     parts = {name: getattr(tree, name) for name in parts_of(type(tree))}
     changed = {n: tuple(map(change, p)) if isinstance(p, tuple) else change(p) for n, p in parts.items()}
     return type(tree)(**changed)
-
-
-def _held(path: str, array: object) -> Array:
-    return torch.from_numpy(np.array(array))
 
 
 @dataclass(frozen=True)
@@ -183,7 +293,7 @@ class TrainLevels:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         if task is None:
             raise ValueError("TrainLevels trains the network: give a Task with training data")
-        network = _Levels(draft)
+        network = _Levels(draft, task.device)
         if not network.leaves:
             raise ValueError("TrainLevels finds no levels: quantize first, with Waterfill or Pack(Uniform())")
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=self.lr, drops=(0.5,), weight_decay=0.0)

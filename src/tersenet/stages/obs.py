@@ -11,9 +11,11 @@ gradients at its outputs, from labels sampled from the network itself (calibrate
 * "sweep": SparseGPT (Frantar, Alistarh 2023), every layer at the same density.
 
 Where a layer has a bias, A is the covariance of its inputs and the bias takes up the mean of the error, which is what
-counting the bias as an input of 1 does. Where a layer is wider than `block`, A^-1 is that of A's diagonal blocks.
+counting the bias as an input of 1 does. A and G of very wide layers come as diagonal blocks; where A is wider than
+`block`, A^-1 is that of its diagonal blocks too.
 """
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +26,13 @@ import numpy as np
 import torch
 
 from tersenet.calibrate import Moments, moments
+from tersenet.likelihood import Likelihood
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.methods.surgeon import damped, inverse, refitted, removals, swept
+from tersenet.operations import Form
 from tersenet.packed import Array, Sparse, Tree
 from tersenet.recipe import Draft, dense_array
+from tersenet.stages.folding import untied
 from tersenet.stages.prune import masked
 from tersenet.task import Task, one_thread, progress
 
@@ -37,15 +42,42 @@ UPDATES = ("sum", "best", "none")
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight as groups of rows, with what removing parts of it costs, all in float64."""
+    """A weight as blocks of its columns, with what removing parts of it costs, all in float64.
+
+    There is a block for each of the k diagonal blocks of A in each group; what goes past the last column is masked.
+    `bias` names what takes up the mean of the error.
+    """
 
     name: str
-    weight: Array  # [groups, rows, n]
+    form: Form
+    weight: Array  # [groups * k, rows, b]
     mask: Array  # the same, of what is not pruned already
-    inputs: Array  # A [groups, n, n], damped
-    outputs: Array  # G [groups, rows, rows], damped
-    means: Array  # [groups, n] of the inputs where a bias takes up the mean, else 0
+    inputs: Array  # A [groups * k, b, b], damped
+    outputs: Array  # G [groups, l, d, d], damped
+    means: Array  # [groups * k, b] of the inputs where a bias takes up the mean, else 0
+    bias: str | None = None
     block: int = 2048
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.form.split)
+
+    @property
+    def widths(self) -> list[int]:
+        """How many columns of each block are the weight's."""
+        count, width = len(self.weight) // self.form.groups, self.weight.shape[2]
+        return [min(width, self.form.columns - k * width) for k in range(count)] * self.form.groups
+
+    def laid(self, whole: Array) -> Array:
+        """An array of the weight's shape as the blocks lie."""
+        return _blocked(self.form, whole, self.weight.shape[2])
+
+    def whole(self, blocks: Array) -> Array:
+        """The way back."""
+        form, (_, rows, width) = self.form, blocks.shape
+        seen = blocks.reshape(form.groups, -1, rows, width).transpose(0, 2, 1, 3).reshape(form.groups, rows, -1)
+        ordered = seen[:, :, : form.columns].reshape(form.ordered)
+        return ordered.transpose(np.argsort(form.axes)).reshape(form.split)
 
     @cached_property
     def inverses(self) -> tuple[Array, Array]:
@@ -56,11 +88,35 @@ class Layer:
             found[part] = inverse(self.inputs[part])
         return found, inverse(self.outputs)
 
+    def along_rows(self, outputs: Array) -> Array:
+        """The diagonal of G, or of its inverse, for each block [groups * k, rows]."""
+        rows = np.diagonal(outputs, axis1=2, axis2=3).reshape(len(outputs), -1)[:, : self.form.rows]
+        return rows.repeat(len(self.weight) // len(rows), 0)
+
     @property
     def stiffness(self) -> Array:
-        """[A^-1]_jj [G^-1]_ii for each weight, [groups, rows, n]."""
-        inputs, outputs = (np.diagonal(one, axis1=1, axis2=2) for one in self.inverses)
-        return outputs[:, :, None] * inputs[:, None]
+        """[A^-1]_jj [G^-1]_ii for each weight, [groups * k, rows, b]."""
+        inputs, outputs = self.inverses
+        return self.along_rows(outputs)[:, :, None] * np.diagonal(inputs, axis1=1, axis2=2)[:, None]
+
+    def moved(self, removed: Array) -> Array:
+        """G^-1 E A^-1 for what is removed, in units of the stiffness, [groups * k, rows, b]."""
+        inputs, outputs = (torch.from_numpy(np.ascontiguousarray(one)) for one in self.inverses)
+        groups, count, width, _ = outputs.shape
+        padded = np.pad(removed, ((0, 0), (0, count * width - removed.shape[1]), (0, 0)))
+        parts = torch.from_numpy(padded).reshape(groups, -1, count, width, removed.shape[2])
+        found = (outputs[:, None] @ parts).reshape(padded.shape)[:, : removed.shape[1]] @ inputs
+        return found.numpy()
+
+
+def _blocked(form: Form, whole: Array, width: int) -> Array:
+    """An array of a weight's shape as blocks [groups * k, rows, width] of its columns, zero past the last."""
+    seen = form.matrix(whole)
+    groups, rows, n = seen.shape
+    count = -(-n // width)
+    padded = np.pad(seen, ((0, 0), (0, 0), (0, count * width - n)))
+    parts = padded.reshape(groups, rows, count, width).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(parts.reshape(groups * count, rows, width))
 
 
 @dataclass(frozen=True)
@@ -92,15 +148,19 @@ class OBS:
             raise ValueError("OBS needs the network's inputs: give a Task with training data")
         if self.density == 1:
             return draft
+        draft = untied(draft)
         with one_thread():
             layers = self._layers(draft, task)
+            if not layers:
+                raise ValueError("OBS finds no weight whose inputs are known: use Prune")
             if self.order == "sweep":
                 return self._swept(draft, layers)
             chosen = self._ranked(draft, layers) if self.order == "kronecker" else self._merged(draft, layers)
             return self._updated(chosen, layers)
 
     def _layers(self, draft: Draft, task: Task) -> list[Layer]:
-        found = moments(draft.module(), task.calibration(self.samples), task, seed=self.seed)
+        batches, likelihood = task.calibration(self.samples), Likelihood.of(task)
+        found = moments(task, draft.module(), batches, likelihood, seed=self.seed)
         known = {id(draft.tensors[name]): m for name, m in found.items() if name in draft.tensors}
         return [
             self._layer(draft, name, known[id(draft.tensors[name])])
@@ -109,91 +169,92 @@ class OBS:
         ]
 
     def _layer(self, draft: Draft, name: str, known: Moments) -> Layer:
-        w, tree = dense_array(draft.tensors[name]).astype(np.float64), draft.tensors[name].tree
-        a, means = known.inputs.numpy(), known.means.numpy()
-        if self._bias(draft, name) is None:
-            means = np.zeros_like(means)
-        groups, rows = len(a), len(w) // len(a)
-        g = known.outputs.numpy()
-        g = np.stack([g[at : at + rows, at : at + rows] for at in range(0, len(w), rows)])
-        shape = (groups, rows, a.shape[1])
+        w, tree, form = dense_array(draft.tensors[name]).astype(np.float64), draft.tensors[name].tree, known.form
+        a, g, means = known.inputs.flatten(0, 1).numpy(), known.outputs.numpy(), known.means.numpy()
+        if not (np.isfinite(a).all() and np.isfinite(g).all()):
+            raise ValueError(f"{name}: what the layer sees of the training inputs is not finite: check Task(train=...)")
+        bias = known.bias if known.bias in draft.trainable and known.bias in draft.tensors else None
+        width = a.shape[2]
+        rest = len(a) // form.groups * width - form.columns
+        means = np.pad(means, ((0, 0), (0, rest))).reshape(len(a), width) * (bias is not None)
+        level = np.diagonal(g, axis1=2, axis2=3).reshape(len(g), -1).sum(1) / form.rows
+        outputs = g + (self.rows * level + 1e-12)[:, None, None, None] * np.eye(g.shape[2])
+        inputs = damped(a - means[:, :, None] * means[:, None], self.damping)
         mask = tree.mask if isinstance(tree, Sparse) else np.ones(w.shape, bool)
-        covariance = a - means[:, :, None] * means[:, None]
-        damping = (damped(covariance, self.damping), damped(g, self.rows))
-        return Layer(name, w.reshape(shape), mask.reshape(shape), *damping, means, self.block)
-
-    def _bias(self, draft: Draft, name: str) -> str | None:
-        tied = sum(tensor is draft.tensors[name] for tensor in draft.tensors.values()) > 1
-        return None if tied else draft.bias(name)  # the moments of tied weights are those of all their layers
+        weight, left = (_blocked(form, part, width) for part in (w, mask))
+        return Layer(name, form, weight, left, inputs, outputs, means, bias, self.block)
 
     def _ranked(self, draft: Draft, layers: list[Layer]) -> Draft:
-        saliency = {}
-        for layer in layers:
-            cost = np.square(layer.weight) / (2 * layer.stiffness)
-            saliency[layer.name] = cost.reshape(draft.tensors[layer.name].tree.shape)
-        return masked(draft, saliency, dict.fromkeys(saliency, self.density), set())
+        saliency = {layer.name: layer.whole(np.square(layer.weight) / (2 * layer.stiffness)) for layer in layers}
+        shaped = {name: cost.reshape(draft.tensors[name].tree.shape) for name, cost in saliency.items()}
+        return masked(draft, shaped, dict.fromkeys(shaped, self.density), set())
 
     def _merged(self, draft: Draft, layers: list[Layer]) -> Draft:
         """Costs along each row's removals never fall, so the cheapest of all rows together are prefixes of each."""
 
         def taken(row: tuple[Layer, int, int]) -> tuple[Array, Array]:
-            layer, g, r = row
-            there = np.flatnonzero(layer.mask[g, r])
-            inverted = inverse(layer.inputs[g][np.ix_(there, there)])
-            order, cost = removals(layer.weight[g, r][there], inverted, len(there))
-            place = np.ravel_multi_index((g, r, there[order]), layer.weight.shape)
-            return np.maximum.accumulate(cost) * layer.outputs[g, r, r], place
+            layer, k, r = row
+            there = np.flatnonzero(layer.mask[k, r])
+            inverted = inverse(layer.inputs[k][np.ix_(there, there)])
+            order, cost = removals(layer.weight[k, r][there], inverted, len(there))
+            place = np.ravel_multi_index((k, r, there[order]), layer.weight.shape)
+            return np.maximum.accumulate(cost) * scales[layer.name][k, r], place
 
+        scales = {layer.name: layer.along_rows(layer.outputs) for layer in layers}
         rows = [
-            (layer, g, r) for layer in layers for g, r in np.ndindex(layer.mask.shape[:2]) if layer.mask[g, r].any()
+            (layer, k, r) for layer in layers for k, r in np.ndindex(layer.mask.shape[:2]) if layer.mask[k, r].any()
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = list(progress(pool.map(taken, rows), "removing weights", len(rows)))
-        total = sum(layer.weight.size for layer in layers)
-        kept = largest(np.concatenate([cost for cost, _ in found]), kept_count(self.density, total))
+        kept = largest(np.concatenate([cost for cost, _ in found]), kept_count(self.density, _size(layers)))
         masks = {layer.name: layer.mask.copy().reshape(-1) for layer in layers}
         for (layer, *_), (_, place) in zip(rows, found, strict=True):
             masks[layer.name][place], kept = np.split(kept, [len(place)])
         trees: dict[str, Tree] = {}
         for layer in layers:
             shape = draft.tensors[layer.name].tree.shape
-            mask = masks[layer.name].reshape(shape)
-            trees[layer.name] = Sparse(mask, layer.weight.reshape(shape)[mask].astype(np.float32))
+            mask = layer.whole(masks[layer.name].reshape(layer.mask.shape)).reshape(shape)
+            trees[layer.name] = Sparse(mask, dense_array(draft.tensors[layer.name])[mask])
         return draft.with_trees(trees)
 
     def _updated(self, chosen: Draft, layers: list[Layer]) -> Draft:
         """The survivors of a draft that was pruned, moved; the layers hold the weights from before."""
-        trees: dict[str, Array] = {}
+        weights: dict[str, Array] = {}
         for layer in layers:
-            tree = cast(Sparse, chosen.tensors[layer.name].tree)
-            mask = tree.mask.reshape(layer.weight.shape)
+            mask = layer.laid(cast(Sparse, chosen.tensors[layer.name].tree).mask)
             if self.update == "best":
                 found = np.stack([refitted(w, m, a) for w, m, a in zip(layer.weight, mask, layer.inputs, strict=True)])
             elif self.update == "sum":
-                moved = torch.from_numpy(np.where(mask, 0, layer.weight / layer.stiffness))
-                inputs, outputs = (torch.from_numpy(one) for one in layer.inverses)
-                found = layer.weight - (outputs @ moved @ inputs).numpy()
+                found = layer.weight - layer.moved(np.where(mask, 0, layer.weight / layer.stiffness))
             else:
                 found = layer.weight
-            trees[layer.name] = np.where(mask, found, 0)
-        return self._with_weights(chosen, layers, trees)
+            weights[layer.name] = np.where(mask, found, 0)
+        return self._with_weights(chosen, layers, weights)
 
     def _swept(self, draft: Draft, layers: list[Layer]) -> Draft:
-        trees, masks = dict[str, Array](), dict[str, Tree]()
+        weights, masks = dict[str, Array](), dict[str, Tree]()
         for layer in progress(layers, "sweeping", len(layers)):
-            parts = [swept(w, a, self.density) for w, a in zip(layer.weight, layer.inputs, strict=True)]
-            trees[layer.name] = np.stack([dense for dense, _ in parts])
-            mask = np.stack([mask for _, mask in parts]).reshape(draft.tensors[layer.name].tree.shape)
+            found, kept = np.zeros(layer.weight.shape), np.zeros(layer.weight.shape, bool)
+            for k, n in enumerate(layer.widths):
+                found[k, :, :n], kept[k, :, :n] = swept(layer.weight[k, :, :n], layer.inputs[k, :n, :n], self.density)
+            weights[layer.name] = found
+            mask = layer.whole(kept).reshape(draft.tensors[layer.name].tree.shape)
             masks[layer.name] = Sparse(mask, np.zeros(int(mask.sum()), np.float32))
-        return self._with_weights(draft.with_trees(masks), layers, trees)
+        return self._with_weights(draft.with_trees(masks), layers, weights)
 
     def _with_weights(self, draft: Draft, layers: list[Layer], weights: dict[str, Array]) -> Draft:
         """The draft with new weights under its masks; biases take up the mean of what was lost."""
-        trees: dict[str, Tree] = {}
+        trees, biases = dict[str, Tree](), dict[str, Array]()
         for layer in layers:
             tree, w = cast(Sparse, draft.tensors[layer.name].tree), weights[layer.name]
-            trees[layer.name] = Sparse(tree.mask, w.reshape(tree.mask.shape)[tree.mask].astype(np.float32))
-            if (bias := self._bias(draft, layer.name)) is not None:
-                lost = ((layer.weight - w) @ layer.means[..., None]).reshape(-1)
-                trees[bias] = (dense_array(draft.tensors[bias]) + lost).astype(np.float32)
-        return draft.with_trees(trees)
+            dense = layer.whole(w).reshape(tree.mask.shape)
+            trees[layer.name] = Sparse(tree.mask, dense[tree.mask].astype(np.float32))
+            if layer.bias is not None:
+                lost = ((layer.weight - w) @ layer.means[..., None]).reshape(layer.form.groups, -1, layer.form.rows)
+                before: Array = biases.get(layer.bias, dense_array(draft.tensors[layer.bias]))
+                biases[layer.bias] = before + lost.sum(1).reshape(before.shape)
+        return draft.with_trees(trees | {name: bias.astype(np.float32) for name, bias in biases.items()})
+
+
+def _size(layers: list[Layer]) -> int:
+    return sum(layer.size for layer in layers)

@@ -7,18 +7,20 @@ for it: the same masks, the whole schedule, from a fresh random initialisation. 
 schedule are replayed exactly; a schedule with fewer epochs is replayed whole.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import torch
 
+from tersenet.artifact import Tensor, as_stored
+from tersenet.data import seeded
 from tersenet.methods.sparse import kept_count, largest
+from tersenet.norms import folded_norms
 from tersenet.packed import Array, Packed, Sparse, Tree
 from tersenet.recipe import Draft, dense_array
 from tersenet.stages.finetune import tune
-from tersenet.task import Task
+from tersenet.task import Task, duplicate
 
 RETRAIN = ("learning-rate", "finetune", "weights", "random", "none")
 
@@ -62,6 +64,7 @@ class Prune:
 
     def round(self, draft: Draft, task: Task | None, number: int) -> Draft:
         """The draft after round `number` of 1..rounds."""
+        _check_unfolded(draft, self.retrain)
         names = draft.weights()
         known = {name for name, _ in self.layers}
         if missing := known - set(names):
@@ -97,6 +100,7 @@ class Retrain:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         if task is None:
             raise ValueError("Retrain trains the network: give a Task with training data")
+        _check_unfolded(draft, self.kind)
         if self.kind == "none" or not self.epochs:
             return draft
         return retrained(draft, task, self.kind, self.epochs, self.seed, "retraining")
@@ -151,9 +155,10 @@ def masked(draft: Draft, saliency: Mapping[str, Array], densities: Mapping[str, 
         masks[name] = largest(ranked[name], kept_count(densities[name], ranked[name].size))
     trees: dict[str, Tree] = {}
     for name in densities:
-        w = dense_array(draft.tensors[name])
-        mask = masks[name].reshape(w.shape)
-        trees[name] = w if densities[name] == 1 and mask.all() else Sparse(mask, w[mask])
+        mask = masks[name]
+        if densities[name] != 1 or not mask.all():
+            w = dense_array(draft.tensors[name])
+            trees[name] = Sparse(mask.reshape(w.shape), w[mask.reshape(w.shape)])
     return draft.with_trees(trees)
 
 
@@ -164,26 +169,36 @@ def rewound(draft: Draft, task: Task, epoch: int) -> Draft:
         raise ValueError(
             f"weight rewinding needs the weights of epoch {epoch}; the task has {there}: trained(keep=[{epoch}])"
         )
-    return _under_masks(draft, {name: value.numpy() for name, value in task.snapshots[epoch].items()})
+    snapshot = task.snapshots[epoch]
+    if missing := sorted(set(draft.tensors) - set(snapshot)):
+        raise ValueError(f"{missing[0]}: the weights of epoch {epoch} lack this tensor: are they another network's?")
+    return _under_masks(draft, snapshot)
 
 
 def reinitialized(draft: Draft, seed: int) -> Draft:
-    """The draft with fresh random weights under its masks, by the layers' own `reset_parameters`."""
+    """The draft with fresh random weights under its masks, by the layers' own `reset_parameters`; frozen ones stay."""
     if draft.model is None:
         raise ValueError("a random initialisation needs the network's layers, but only arrays were given")
-    model = copy.deepcopy(draft.model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    model = duplicate(draft.model)
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    with seeded(seed):
         for layer in model.modules():
             if callable(reset := getattr(layer, "reset_parameters", None)):
                 reset()
-    fresh = {name: value.numpy().copy() for name, value in model.state_dict().items()}
-    return _under_masks(draft, fresh)
+    return _under_masks(draft, {n: value for n, value in model.state_dict().items() if n not in frozen})
 
 
-def _under_masks(draft: Draft, values: Mapping[str, Array]) -> Draft:
-    trees = {}
+def _under_masks(draft: Draft, values: Mapping[str, Any]) -> Draft:
+    """The draft with other values under its masks; tensors that are not among them stay."""
+    renewed: dict[int, Tensor] = {}
     for name, tensor in draft.tensors.items():
-        tree = tensor.tree
-        trees[name] = Sparse(tree.mask, values[name][tree.mask]) if isinstance(tree, Sparse) else values[name].copy()
-    return draft.with_trees(trees)
+        if name in values:
+            dense, mask = as_stored(name, values[name])[0].copy(), tensor.tree
+            tree = Sparse(mask.mask, np.asarray(dense[mask.mask], np.float32)) if isinstance(mask, Sparse) else dense
+            renewed.setdefault(id(tensor), replace(tensor, tree=tree))
+    return replace(draft, tensors={name: renewed.get(id(t), t) for name, t in draft.tensors.items()})
+
+
+def _check_unfolded(draft: Draft, retrain: str) -> None:
+    if retrain in ("weights", "random") and (norms := folded_norms(draft.tensors)):
+        raise ValueError(f"{min(norms)}: is folded, so weights from before do not fit; prune before quantizing")

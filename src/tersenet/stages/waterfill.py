@@ -3,33 +3,40 @@
 The step of weight (i, j) of a layer is c / (R_ii L_jj): A = L L^T from the layer's inputs in the DCT domain of its
 kernels, G = R R^T from its output gradients, both damped. One number, c, sets size and accuracy of the whole network
 and so settles what each layer and row gets. BatchNorm is first folded to a scale and a shift, and its scale into the
-convolution before it; the shifts and all biases are quantized by the same rule. Weights that were pruned before stay
-zero; their layers are not transformed.
+layer before it; the shifts and all biases are quantized by the same rule. Weights that were pruned before, or are zero
+in large part, stay zero; their layers are not transformed. What holds a weight without loss (`methods/exact.py`, or its
+floats) is taken where it costs no more bits than its loss is worth at this c.
 """
 
 import math
-import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor as Array
 
-from tersenet import artifact
-from tersenet.calibrate import Moments, moments
-from tersenet.methods.feedback import Metric, Steps, levels, tree_of, waterfilled
+from tersenet.calibrate import Moments
+from tersenet.methods.feedback import Metric, Overflow, Steps, levels, paths, tree_of, waterfilled
+from tersenet.methods.prior import prior
+from tersenet.methods.shrinkage import factored, shrunk
 from tersenet.methods.transform import spatial
-from tersenet.packed import Sparse, Tree, Uniform, kernel_dct, narrowed
+from tersenet.operations import Form
+from tersenet.packed import Array, Packed, Reshaped, Sparse, Tree, Uniform, kernel_dct, narrowed
 from tersenet.recipe import Draft, dense_array
-from tersenet.stages.folding import folded
-from tersenet.task import Task, one_thread, progress
+from tersenet.stages.gathering import Gathered, Halves, gather, weighed
+from tersenet.stages.lossless import Lossless, entropy
+from tersenet.task import Task, one_thread, spread
 
-SMALL = 64  # tensors with fewer weights stay floats
-HELD = 5  # of so many inputs one is not among those that moments are made of
-PROBED = 64, 256, 1 << 23  # inputs on which it is seen what errors of each layer cost: least, most, their numbers
-Halves = tuple[Moments, Moments]
+SMALL = 16  # tensors with fewer weights stay floats
+VECTORS = 0.5  # where vectors hold more of a network's numbers than this, they are quantized too, and finely:
+FINER = 4.0  # so many times finer than weights of equal size
+PRUNED = 0.3  # where so many weights are zero, zeros stay zero
+WIDE = 16.0  # rows and columns of sizes that differ by more are brought nearer before moments are damped
+UNSURE, ENOUGH = 0.1, 128  # how much A is damped where hardly any inputs were seen, and how many are enough
+FAINT = 1e-4  # a layer's statistics say at least so much of what is usual: where they vanish, it must not look free
+NOISE = 0.255  # squared error of a trellis in squared steps
 
 
 @dataclass(frozen=True)
@@ -41,61 +48,114 @@ class Damping:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """A draft with BatchNorm folded, its layers' moments, and which bias is added to each weight's output.
-
-    Moments come from two halves of the inputs: how far the halves differ says how much to trust them. Every fifth input
-    is `held` back from them: feedback steers errors to where the others do not see them. `worth` is what errors of a
-    layer cost at the network's outputs, in parts of what its moments say.
-    """
-
-    draft: Draft
-    found: Mapping[str, Halves]
-    biases: Mapping[str, str]
-    held: Array | None = None
-    worth: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Layer:
     """A weight ready to be quantized at any c; `bias` names what takes up the mean of its output's error."""
 
     name: str
-    weight: np.ndarray  # [groups, rows, n], in the DCT domain where `transformed`
+    form: Form
+    weight: Array  # [groups, rows, n], in the DCT domain where `transformed`
     metric: Metric
-    means: np.ndarray  # [groups, n] of the inputs
-    shape: tuple[int, ...]
+    means: Array  # [groups, n] of the inputs
     transformed: bool
     bias: str | None
-    kept: np.ndarray | None = None  # [groups, rows, n], where the weight was pruned before: the rest stays zero
+    kept: Array | None = None  # [groups, rows, n], where the weight was pruned before: the rest stays zero
 
-    def at(self, c: float, rate: float) -> tuple[np.ndarray, Steps]:
-        """Levels [groups, rows, n] and their steps at c."""
-        steps = waterfilled(self.metric, c, math.prod(self.shape[2:]))
-        return levels(self.weight, self.metric, steps.parts(), rate, self.kept, self.kept is None), steps
+    @cached_property
+    def energy(self) -> float:
+        """What losing the whole weight would cost, a weight."""
+        return float(self.metric.cost(self.weight) / self.weight.size)
+
+    def at(self, c: float, rate: float) -> tuple[Array, Steps]:
+        """Levels [groups, rows, n] and their steps at c; raises `Overflow` where steps are far too fine."""
+        steps = waterfilled(self.metric, c, math.prod(self.form.kernel), self.weight.shape)
+        # One row alone is a vector, which the coder lays out anew.
+        trellis = self.kept is None and paths(self.weight.shape[2]) and math.prod(self.weight.shape[:2]) > 1
+        return levels(self.weight, self.metric, steps.parts(), rate, self.kept, trellis), steps
+
+    def tree(self, q: Array, steps: Steps, shape: tuple[int, ...]) -> Tree:
+        """The tree of levels."""
+        if len(shape) == 1:
+            return Uniform(narrowed(q.reshape(shape)), np.array(steps.scale, np.float32))
+        inner = (self.form.columns // math.prod(self.form.kernel), *self.form.kernel)
+        made = (math.prod(self.weight.shape[:2]), *inner)
+        if self.form.straight and made == shape:
+            return tree_of(q, steps, shape, self.transformed)
+        return Reshaped(tree_of(q, steps, made, self.transformed), self.form.split, self.form.axes, shape)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that does not depend on c: layers with their metrics, and biases with the step that one unit of c gives."""
+    """All that does not depend on c: layers with their metrics, biases with the step that one unit of c gives."""
 
     draft: Draft
     layers: list[Layer]
     shifts: dict[str, float] = field(default_factory=dict)
+    lossless: Mapping[str, Lossless] = field(default_factory=dict)
 
-    @one_thread()
+    @property
+    def unit(self) -> float:
+        """The c that is as large as an average weight is, in the metric."""
+        size = sum(layer.weight.size for layer in self.layers)
+        return math.sqrt(sum(layer.energy * layer.weight.size for layer in self.layers) / max(size, 1)) or 1.0
+
+    def guess(self, most: int) -> float:
+        """The c at which a file would have about so many bytes, if weights were Gaussian."""
+        low, high = math.log(self.unit) - 30, math.log(self.unit) + 10
+        known = [(layer.energy, layer.weight.size) for layer in self.layers]
+        for _ in range(40):
+            middle = (low + high) / 2
+            bits = sum(n * math.log2(1 + 4.3 * e / math.exp(2 * middle)) / 2 for e, n in known)
+            low, high = (middle, high) if bits > 8 * most else (low, middle)
+        return math.exp(high)
+
+    def loss(self, draft: Draft) -> float:
+        """What the errors of a draft's weights cost in the metrics of the layers that are not transformed."""
+        return sum(
+            layer.metric.cost(layer.weight - layer.form.matrix(dense_array(draft.tensors[layer.name])))
+            for layer in self.layers
+            if not layer.transformed
+        )
+
     def at(self, c: float, rate: float = 0.5) -> Draft:
         """The draft quantized with the global step c."""
+        packings = list(spread(lambda layer: self.packed(layer, c, rate), self.layers))
+        return self.draft.with_trees(self.trees(self.layers, packings, c))
+
+    def trees(self, layers: Sequence[Layer], packings: Sequence["Packing"], c: float) -> dict[str, Tree]:
+        """The trees of layers and of the biases that take up the means of their errors; other biases are rounded."""
         trees: dict[str, Tree] = {}
         biases = {name: dense_array(self.draft.tensors[name]).astype(np.float64) for name in self.shifts}
-        for layer in self.layers:
+        for layer, packing in zip(layers, packings, strict=True):
+            trees[layer.name] = packing.tree
+            if layer.bias is not None and packing.lost is not None:
+                biases[layer.bias] += packing.lost
+        for name, step in self.shifts.items():
+            tree, before = rounded(biases[name], c * step), self.draft.tensors[name].tree
+            whole = isinstance(tree, Packed) or isinstance(before, Packed)
+            trees[name] = tree if whole else np.asarray(tree).astype(np.asarray(before).dtype)
+        return trees
+
+    def packed(self, layer: Layer, c: float, rate: float) -> "Packing":
+        """A layer at c, or its tree without loss where that costs no more than the loss is worth."""
+        kept, shape = self.lossless.get(layer.name), tuple(self.draft.tensors[layer.name].tree.shape)
+        try:
             q, steps = layer.at(c, rate)
-            trees[layer.name] = tree_of(q, steps, layer.shape, layer.transformed)
-            if layer.bias is not None:
-                biases[layer.bias] += ((layer.weight - q * steps.dense()) @ layer.means[..., None]).reshape(-1)
-        for name, unit in self.shifts.items():
-            trees[name] = rounded(biases[name], c * unit)
-        return self.draft.with_trees(trees)
+        except Overflow:
+            return Packing(kept.tree if kept else self.draft.tensors[layer.name].tree, None, 0.0)
+        error = layer.weight - q * steps.dense()
+        cost = layer.metric.cost(error)
+        if kept is not None and kept.bits <= entropy(q) + cost / (2 * math.log(2) * NOISE * c * c):
+            return Packing(kept.tree, None, 0.0)
+        lost = (error @ layer.means[..., None]).reshape(-1) if layer.bias is not None else None
+        return Packing(layer.tree(q, steps, shape), lost, cost)
+
+
+class Packing(NamedTuple):
+    """A layer's tree, the mean error of its outputs, and what its errors cost in the metric."""
+
+    tree: Tree
+    lost: Array | None
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -110,183 +170,190 @@ class Waterfill:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         with one_thread():
             gathered = gather(draft, task, self.samples)
-            return prepare(weighed(gathered, self.c), self.damping).at(self.c, self.rate)
+            gathered = weighed(gathered, prepare(gathered, self.damping), self.c)
+            return prepare(gathered, self.damping).at(self.c, self.rate)
 
 
-def rounded(values: np.ndarray, step: float) -> Tree:
-    """Values at multiples of a step, or as fp16 floats where there is no step or it is far too fine."""
+def rounded(values: Array, step: float) -> Tree:
+    """Values at multiples of a step, or as floats where there is no step or it is far too fine."""
     step = float(np.float32(step))
     q = np.rint(values / step) if step > 0 else np.full(values.shape, np.inf)
     if not np.abs(q).max(initial=0) < 1 << 22:
-        return values.astype(np.float16).astype(np.float32)
+        return precise(values)
     return Uniform(narrowed(q.astype(np.int32)), np.array(step, np.float32))
 
 
-def gather(draft: Draft, task: Task | None, samples: int = 1024) -> Gathered:
-    """Fold BatchNorm and gather the moments; without a task there are none, and every metric is the identity."""
-    if task is None or draft.model is None:
-        return Gathered(draft, {}, {})
-    x = task.calibration(samples)
-    draft, biases = folded(draft, x[: min(len(x), 8)])
-    apart = torch.arange(len(x)) % HELD == HELD - 1
-    held = x[apart] if len(x) >= HELD else x
-    x = x[~apart]
-    labels = min(16, max(4, 4096 // len(x)))  # where there are few inputs, more labels make up for it in part
-    one = moments(draft.module(), x[::2], task, labels)
-    other = moments(draft.module(), x[1::2], task, labels, seed=len(x)) if len(x) > 1 else one
-    for name, known in (*one.items(), *other.items()):
-        if not all(bool(part.isfinite().all()) for part in (known.inputs, known.outputs)):
-            raise ValueError(
-                f"{name}: what the layer sees of the calibration inputs is not finite: check Task(train=...)"
-            )
-    return Gathered(draft, {name: (known, other[name]) for name, known in one.items()}, biases, held)
+def precise(values: Array) -> Array:
+    """Values as float32, rounded to float16 where each keeps a relative precision of 2^-11."""
+    values = np.asarray(values)
+    single = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        half = single.astype(np.float16).astype(np.float32)
+    keeps = np.abs(half - single) <= 2.0**-11 * np.abs(single)
+    return half if bool(keeps.all()) else single
 
 
-def weighed(gathered: Gathered, c: float) -> Gathered:
-    """The same with what errors of each layer cost at the outputs, seen by quantizing each alone at c.
+def prepare(gathered: Gathered, damping: Damping | None = None, aware: bool = True, hold: bool = True) -> Prepared:
+    """Shrink, damp and factor the moments of every layer; without `aware` none is used, as if there were no data.
 
-    Moments know well which errors of a layer cost less than others; how layers compare, where gradients are summed over
-    positions as if these had nothing to do with each other, or where there are few inputs for many weights, they know
-    less well.
+    Weights that are zero in large part keep their zeros, unless `hold` is not set; what was pruned always does.
     """
-    least, most, numbers = PROBED
-    x = gathered.held
-    if x is None:
-        return gathered
-    x = x[: min(most, max(least, numbers // x[0].numel()))]
-    prepared = prepare(replace(gathered, worth={}))
-    layers = [layer for layer in prepared.layers if layer.metric.inputs is not None]
-    if not layers:
-        return gathered
-    wanted = outputs(gathered.draft, x)
-
-    def ratio(layer: Layer) -> float:
-        q, steps = layer.at(c, 0.5)
-        told = layer.metric.cost(layer.weight - q * steps.dense())
-        shifts = {name: unit for name, unit in prepared.shifts.items() if name == layer.bias}
-        seen = difference(wanted, outputs(replace(prepared, layers=[layer], shifts=shifts).at(c), x))
-        return math.log(max(seen, 1e-300) / max(told, 1e-300))
-
-    with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        logs = list(progress(pool.map(ratio, layers), "weighing layers", len(layers)))
-    middle = float(np.average(logs, weights=[layer.weight.size for layer in layers]))
-    worth = {layer.name: math.exp(min(max(log - middle, -8), 8)) for layer, log in zip(layers, logs, strict=True)}
-    return replace(gathered, worth=worth)
-
-
-def outputs(draft: Draft, x: Array) -> Array:
-    """What the draft's network says to the inputs."""
-    with torch.no_grad(), one_thread():
-        model = draft.module().eval()
-        return torch.cat([model(part) for part in x.split(16)])  # type: ignore[no-untyped-call]
-
-
-def difference(wanted: Array, found: Array) -> float:
-    """Mean squared difference; of class scores, what is added to all classes of a sample does not count."""
-    error = (wanted - found).double()
-    if error.dim() == 2:
-        error = error - error.mean(1, keepdim=True)
-    return float(error.square().mean())
-
-
-def prepare(gathered: Gathered, damping: Damping | None = None) -> Prepared:
-    """Shrink, damp and factor the moments of every layer."""
     damping = damping or Damping()
-    draft, biases = gathered.draft, gathered.biases
-    held = {id(draft.tensors[name]): known for name, known in gathered.found.items() if name in draft.tensors}
-    found = {name: held[id(t)] for name, t in draft.tensors.items() if id(t) in held}  # by any name of tied weights
-    layers, shifts = [], {}
+    draft = gathered.draft
+    known = {
+        id(draft.tensors[name]): halves for name, halves in gathered.found.items() if aware and name in draft.tensors
+    }
+    names = [name for name in draft.weights() if math.prod(draft.tensors[name].tree.shape) >= SMALL]
+    halves = {name: known.get(id(draft.tensors[name])) for name in names}  # by any name of tied weights
     with one_thread():
-        for name in draft.weights():
-            if math.prod(draft.tensors[name].tree.shape) >= SMALL:
-                bias = biases.get(name) if name in found else None
-                worth = gathered.worth.get(name, 1.0)
-                layers.append(_layer(name, draft.tensors[name], found.get(name), damping, bias, worth))
-    feeding = {bias: weight for weight, bias in biases.items()}
-    for name in sorted(draft.trainable & set(draft.tensors)):
-        tensor = draft.tensors[name]
-        if len(tensor.tree.shape) != 1 or "float" not in tensor.dtype:
-            continue
-        known = name in feeding and feeding[name] in found
-        if known or np.ptp(dense_array(tensor)) > 0:
-            shifts[name] = 0.0  # kept as fp16
-        if known:
+        layers = list(spread(lambda name: _layer(name, gathered, halves[name], damping, hold), names))
+    layers += _vectors(draft)
+    layers = _levelled(layers, {name for name, one in halves.items() if one is not None})
+    shifts: dict[str, float] = {}
+    trees: dict[str, Tree] = {}
+    for layer in layers:
+        one = halves.get(layer.name)
+        if one is not None and layer.bias is not None:
             # A constant input would get c / sqrt(mean G); biases are few, so they get half of that.
-            known_g = sum(float(half.outputs.diagonal().mean()) for half in found[feeding[name]]) / 2
-            worth = gathered.worth.get(feeding[name], 1.0)
-            shifts[name] = 0.5 / math.sqrt((1 + damping.rows) * worth * known_g + 1e-60)
-    return Prepared(draft, layers, shifts)
+            mean = sum(_mean_diagonal(half.outputs) for half in one) / 2
+            worth = gathered.worth.get(layer.name, 1.0)
+            shifts[layer.bias] = 0.5 / math.sqrt((1 + damping.rows) * worth * mean) if mean > 0 else 0.0
+    for name in sorted(draft.trainable & set(draft.tensors)):
+        tree, size = draft.tensors[name].tree, math.prod(draft.tensors[name].tree.shape)
+        few = len(tree.shape) < 2 or size < SMALL
+        done = {layer.name for layer in layers} | set(shifts)
+        if few and not isinstance(tree, Packed) and draft.tensors[name].dtype == "float32" and name not in done:
+            trees[name] = precise(tree)
+    return Prepared(draft.with_trees(trees), layers, shifts, gathered.lossless)
 
 
-def _layer(
-    name: str, tensor: artifact.Tensor, known: Halves | None, damping: Damping, bias: str | None, worth: float
-) -> Layer:
-    w = torch.from_numpy(dense_array(tensor)).double()
-    shape, groups = tuple(w.shape), 1 if known is None else len(known[0].inputs)
-    flat = w.reshape(groups, shape[0] // groups, -1)
-    n = flat.shape[2]
-    kept = tensor.tree.mask.reshape(flat.shape) if isinstance(tensor.tree, Sparse) else None
-    transformed = spatial(shape) and kept is None
-    t = torch.from_numpy(kernel_dct(*shape[2:]).copy()) if transformed else torch.eye(1, dtype=torch.double)
-    k = len(t)
-    flat = (flat.reshape(-1, k) @ t.T).reshape(flat.shape)
+def _vectors(draft: Draft) -> list[Layer]:
+    """Layers of the vectors, where these are most of the network; else they stay floats."""
+    sizes = {name: math.prod(draft.tensors[name].tree.shape) for name in draft.trainable & set(draft.tensors)}
+    flat = {name: size for name, size in sizes.items() if len(draft.tensors[name].tree.shape) == 1 and size >= SMALL}
+    if sum(flat.values()) <= VECTORS * sum(sizes.values()):
+        return []
+    layers, seen = list[Layer](), set[int]()
+    for name in sorted(flat):
+        tensor = draft.tensors[name]
+        if id(tensor) not in seen and not isinstance(tensor.tree, Packed) and dense_array(tensor).any():
+            w = dense_array(tensor).astype(np.float64).reshape(1, 1, -1)
+            form, metric = Form((1, flat[name]), (0, 1)), Metric(None, FINER * prior(w[0]).rows[None, :, None])
+            layers.append(Layer(name, form, w, metric, np.zeros((1, flat[name])), False, None))
+        seen.add(id(tensor))
+    return layers
+
+
+def _layer(name: str, gathered: Gathered, known: Halves | None, damping: Damping, hold: bool) -> Layer:
+    tensor = gathered.draft.tensors[name]
+    w, shape = dense_array(tensor).astype(np.float64), tuple(tensor.tree.shape)
+    form = Form.plain(shape) if known is None else known[0].form
+    flat = form.matrix(w)
+    kept = None
+    if isinstance(tensor.tree, Sparse) or (hold and np.count_nonzero(w) < (1 - PRUNED) * w.size):
+        kept = np.ascontiguousarray(form.matrix(tensor.tree.mask if isinstance(tensor.tree, Sparse) else w != 0))
+    kernel = form.kernel if known is not None else shape[2:]
+    transformed = kept is None and len(kernel) == 2 and spatial(shape)
+    t = kernel_dct(*kernel) if transformed else np.eye(1)
+    flat = (flat.reshape(-1, len(t)) @ t.T).reshape(flat.shape)
     if known is None:
-        rows = flat.square().mean(2)
-        metric = Metric(None, (rows + rows.mean()).clamp_min(1e-30).rsqrt().numpy())
-        return Layer(name, flat.numpy(), metric, np.zeros((1, n)), shape, transformed, None)
-    a = shrunk(*(_turned(half, bias is not None, t) for half in known))
-    means = ((known[0].means + known[1].means) / 2).reshape(-1, k) @ t.T
-    # The sums were made of float32 products, so a part of the raw second moment is noise and must be covered too.
-    raw = 1e-5 * known[0].inputs.diagonal(dim1=1, dim2=2).mean(1)
-    mean = a.diagonal(dim1=1, dim2=2).mean(1)
-    a = a + (damping.inputs * (mean + 1e-3 * mean.mean()) + raw + 1e-12)[:, None, None] * torch.eye(n)
-    m, whole = shape[0] // groups, worth * shrunk(*(half.outputs[None] for half in known))[0]
-    g = torch.stack([whole[at : at + m, at : at + m] for at in range(0, shape[0], m)])
-    g = g + (damping.rows * whole.diagonal().mean() + 1e-30) * torch.eye(m)
-    metric = Metric(_factor(a).numpy(), _factor(g).numpy())
-    return Layer(name, flat.numpy(), metric, means.reshape(groups, n).numpy(), shape, transformed, bias, kept)
+        one = prior(flat[0], len(shape) == 2)
+        metric = Metric(None if one.columns is None else one.columns[None, :, None], one.rows[None, :, None])
+        return Layer(name, form, flat, metric, np.zeros((1, flat.shape[2])), transformed, None, kept)
+    bias, turn = gathered.biases.get(name), torch.from_numpy(t.copy())
+    inputs = _inputs(known, damping, bias is not None, turn, flat)
+    outputs = math.sqrt(gathered.worth.get(name, 1.0)) * _outputs(known, damping, flat)
+    n, m = flat.shape[2], flat.shape[1]
+    metric = Metric(_band(inputs, len(flat), n), _band(outputs, len(flat), m))
+    means = ((known[0].means + known[1].means) / 2).reshape(-1, len(t)) @ turn.T
+    return Layer(name, form, flat, metric, means.reshape(len(flat), n).numpy(), transformed, bias, kept)
 
 
-def _turned(known: Moments, centred: bool, t: Array) -> Array:
-    """A [groups, n, n] with the kernels' axes turned by `t`; the covariance where a bias takes up the error's mean."""
-    a, k = known.inputs, len(t)
-    if centred:
-        a = a - known.means[:, :, None] * known.means[:, None]
-    groups, n, _ = a.shape
-    a = a.reshape(groups, n // k, k, n // k, k)
-    return torch.einsum("pk,gikjl,ql->gipjq", t, a, t).reshape(groups, n, n)
+def _levelled(layers: list[Layer], known: set[str]) -> list[Layer]:
+    """The layers in one unit: those without moments, or with hardly any, cost a usual amount when they are lost."""
+    told = [layer for layer in layers if layer.name in known and layer.energy > 0]  # pruned ones may be all zero
+    sizes = [layer.weight.size for layer in told]
+    usual = math.exp(float(np.average([math.log(one.energy) for one in told], weights=sizes))) if told else None
+    found = []
+    for layer in layers:
+        least = usual if layer.name not in known else None if usual is None else FAINT * usual
+        if least is not None and (layer.name not in known or layer.energy < least):
+            factor = math.sqrt(least / layer.energy) if layer.energy > 0 else 1.0
+            layer = replace(layer, metric=Metric(layer.metric.inputs, layer.metric.outputs * factor))
+        found.append(layer)
+    return found
 
 
-def shrunk(one: Array, other: Array) -> Array:
-    """A second moment [groups, n, n] from estimates of two halves of the samples, trusted as far as they agree.
+def _mean_diagonal(moment: torch.Tensor) -> float:
+    diagonal = moment.diagonal(dim1=2, dim2=3)
+    return float(diagonal.sum()) / max(int((diagonal > 0).sum()), 1)
 
-    Correlations are shrunk to none and variances to their mean, each by the share of noise in them (Schäfer and
-    Strimmer 2005, Opgen-Rhein and Strimmer 2007). Where we differ: noise is what the halves differ by, since the many
-    positions of an image are one sample and not many.
+
+def _extremes(w: Array, axis: int) -> torch.Tensor:
+    """How far rows or columns [groups, m] are from the usual size, beyond `WIDE` times: else 1.
+
+    Damping is the same for all coordinates of a layer. Where their scales differ by orders of magnitude, as two layers
+    may share them out, they are first brought near each other.
     """
-    mean, half = (one + other) / 2, (one - other) / 2
-    sizes = mean.diagonal(dim1=1, dim2=2).clamp_min(0)
-    level = sizes.mean(1, keepdim=True)
-    noise = _noise(half.diagonal(dim1=1, dim2=2), sizes - level)
-    root = (sizes + 1e-9 * level + 1e-30).rsqrt()
-    unit = root[:, :, None] * root[:, None] * (1 - torch.eye(mean.shape[1], dtype=mean.dtype))
-    correlations, scales = mean * unit, (sizes + noise * (level - sizes)).sqrt()
-    correlations = (1 - _noise(half * unit, correlations)) * correlations + torch.eye(mean.shape[1], dtype=mean.dtype)
-    return correlations * scales[:, :, None] * scales[:, None]
+    sizes = np.sqrt(np.square(w).mean(axis))
+    usual = np.median(sizes[sizes > 0]) if sizes.any() else 1.0
+    ratio = np.where(sizes > 0, sizes / usual, 1.0)
+    return torch.from_numpy(np.maximum(ratio / WIDE, 1.0) * np.minimum(ratio * WIDE, 1.0))
 
 
-def _noise(half: Array, signal: Array) -> float:
-    """The share of noise in a mean of two halves, from half of their difference; 1 where there is nothing else."""
-    difference, whole = float(half.square().sum()), float(signal.square().sum())
-    return min(1.0, difference / whole) if whole > 0 else 1.0
+def _scaled(blocks: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Moments [groups, k, b, b] of coordinates that are multiplied by sizes [groups, m]."""
+    groups, count, width, _ = blocks.shape
+    padded = torch.nn.functional.pad(sizes, (0, count * width - sizes.shape[1]), value=1.0)
+    padded = padded.reshape(groups, count, width)
+    return blocks * padded[..., :, None] * padded[..., None, :]
 
 
-def _factor(a: Array) -> Array:
-    """Lower Cholesky factors, the diagonal raised until there are some."""
-    extra = 0.0
-    factor: Array
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(a + extra * torch.eye(a.shape[-1], dtype=a.dtype))
-        if not failed.any():
-            return factor
-        extra = max(10 * extra, 1e-8 * float(a.diagonal(dim1=1, dim2=2).mean()))
+def _inputs(known: Halves, damping: Damping, centred: bool, turn: torch.Tensor, w: Array) -> torch.Tensor:
+    """Factors of A as blocks [groups * k, b, b], its kernels' axes turned.
+
+    It is a covariance where a bias takes up the mean. Where few inputs were seen, they are trusted less.
+    """
+    sizes = _extremes(w, 1)
+
+    def moment(centre: bool) -> torch.Tensor:
+        return shrunk(_turned(known[0], centre, turn, sizes), _turned(known[1], centre, turn, sizes))
+
+    a, whole = moment(centred), float(moment(False).diagonal(dim1=1, dim2=2).mean()) if centred else 0.0
+    if float(a.diagonal(dim1=1, dim2=2).mean()) < 1e-9 * whole:  # inputs that never change
+        a = moment(False)
+    mean = a.diagonal(dim1=1, dim2=2).mean(1)
+    few = UNSURE * max(0.0, 1 - sum(half.positions for half in known) / ENOUGH)
+    more = max(damping.inputs, few) * (mean + 1e-3 * mean.mean()) + 1e-9 * whole
+    factor = factored(a + more[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype))
+    blocks = factor.reshape(*known[0].inputs.shape)
+    padded = torch.nn.functional.pad(sizes, (0, blocks.shape[1] * blocks.shape[2] - sizes.shape[1]), value=1.0)
+    return (blocks / padded.reshape(*blocks.shape[:3], 1)).flatten(0, 1)
+
+
+def _turned(known: Moments, centred: bool, turn: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    a, k = known.inputs, len(turn)
+    groups, count, width, _ = a.shape
+    if centred:
+        means = torch.nn.functional.pad(known.means, (0, count * width - known.means.shape[1]))
+        means = means.reshape(groups, count, width)
+        a = a - means[..., :, None] * means[..., None, :]
+    a = a.reshape(groups * count, width // k, k, width // k, k)
+    a = torch.einsum("pk,gikjl,ql->gipjq", turn, a, turn).reshape(groups, count, width, width)
+    return _scaled(a, sizes).flatten(0, 1)
+
+
+def _outputs(known: Halves, damping: Damping, w: Array) -> torch.Tensor:
+    """Factors of G as blocks [groups * l, d, d]."""
+    sizes = _extremes(w, 2)
+    halves = [_scaled(half.outputs, sizes) for half in known]
+    g = shrunk(halves[0].flatten(0, 1), halves[1].flatten(0, 1), shared=True)
+    level = sum(map(_mean_diagonal, halves)) / 2
+    blocks = factored(g + damping.rows * level * torch.eye(g.shape[1], dtype=g.dtype)).reshape(*halves[0].shape)
+    padded = torch.nn.functional.pad(sizes, (0, blocks.shape[1] * blocks.shape[2] - sizes.shape[1]), value=1.0)
+    return (blocks / padded.reshape(*blocks.shape[:3], 1)).flatten(0, 1)
+
+
+def _band(blocks: torch.Tensor, groups: int, n: int) -> Array:
+    """Blocks [groups * k, b, b] as bands [groups, n, b]."""
+    return np.ascontiguousarray(blocks.reshape(groups, -1, blocks.shape[-1])[:, :n].numpy())
