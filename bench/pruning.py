@@ -33,10 +33,10 @@ from tersenet.stages.budget import to_size
 from tersenet.stages.channels import Channels, SearchChannels, small
 from tersenet.stages.coupling import Coupling
 from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.gathering import gather
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
-from tersenet.stages.waterfill import gather
 
 DATASETS, MODELS = real_data()
 BITS = tn.Coding(("bits",))

@@ -22,11 +22,12 @@ from table import ROOT, in_rounds, real_data, write
 import tersenet as tn
 from tersenet.artifact import load
 from tersenet.calibrate import moments
+from tersenet.likelihood import Likelihood
 from tersenet.methods.feedback import Metric, levels
 from tersenet.methods.kmeans import KMeans
 from tersenet.recipe import Draft, artifact_of
 from tersenet.stages.budget import to_size
-from tersenet.stages.waterfill import gather
+from tersenet.stages.gathering import gather
 
 DATA = {"lenet300": "mnist", "lenet5": "mnist", "resnet20": "cifar10", "resnet56": "cifar10"}
 SIZES = {  # bytes to be met, spanning what the ISO codec needs at the same accuracy
@@ -128,7 +129,8 @@ class Bench:
     def everyday(self) -> None:
         """Rounding to 4 and 8 bits, 4-bit k-means, GPTQ at 4 and 3 bits per channel, each followed by zstd -19."""
         self.task.model.load_state_dict(self.state)
-        found = moments(self.task.model, self.task.calibration(1024), self.task)
+        known = Likelihood.of(self.task)
+        found = moments(self.task, self.task.model, self.task.calibration(1024), known)
 
         def scaled(w, bits, axis):
             return np.maximum(np.abs(w).max(axis=axis, keepdims=axis is not None), 1e-12) / (2 ** (bits - 1) - 1)
@@ -146,7 +148,7 @@ class Bench:
             step = scaled(w, bits, tuple(range(1, w.ndim)))
             if name not in found:
                 return np.rint(w / step), [step], np.rint(w / step) * step
-            a = found[name].inputs
+            a = found[name].inputs[:, 0]
             groups, n = len(a), a.shape[1]
             damp = 0.01 * a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-9
             rows = w.astype(np.float64).reshape(groups, len(w) // groups, n)

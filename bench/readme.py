@@ -56,6 +56,25 @@ def without_retraining() -> Iterator[str]:
         yield f"| {name} (float {100 * rows[0]['reference']:.2f} %) | {curve} | {ratio} | {fast[name]} |"
 
 
+def sequences() -> Iterator[str]:
+    rows = results("sequence")["rows"]
+    kinds = {"minilm": ("accuracy", "{:.4f}", "Spearman"), "charlstm": ("nats", "{:.3f}", "nats a character")}
+    yield paragraph(
+        "**Sentence encoder and character LSTM, without retraining** (`bench/sequence.py`): all-MiniLM-L6-v2 (22.7",
+        "million weights) on the pairs of the STS benchmark's test split, calibrated on 512 training sentences or on",
+        "nothing; a two-layer LSTM on Shakespeare. Whole files; peers are followed by zstd -19.",
+    )
+    yield "| network | method | bytes : measure |"
+    yield "|---|---|---|"
+    for name, (key, form, label) in kinds.items():
+        own = rows_of(rows, name)
+        ours_first = sorted(dict.fromkeys(r["method"] for r in own), key=lambda m: not m.startswith("tersenet"))
+        for method in ours_first:
+            points = sorted((r["bytes"], r[key]) for r in own if r["method"] == method)
+            curve = ", ".join(f"{size / 1000:,.0f} kB : {form.format(value)}" for size, value in points)
+            yield f"| {name} ({label}, float {form.format(own[0]['reference'])}) | {method} | {curve} |"
+
+
 def ablation() -> Iterator[str]:
     rows = results("ablation")["rows"]
     yield paragraph(
@@ -175,7 +194,7 @@ if __name__ == "__main__":
     head = [BEGIN, paragraph(held, "settings and peers, and the commit that made it.")]
     path = ROOT / "README.md"
     text = path.read_text()
-    section = [*head, *deep_compression(), *without_retraining(), *ablation(), *pruning(), *codecs()]
+    section = [*head, *deep_compression(), *without_retraining(), *sequences(), *ablation(), *pruning(), *codecs()]
     path.write_text(
         text[: text.index(BEGIN)] + "\n".join(section).replace("\n\n\n", "\n\n") + "\n" + text[text.index(END) :]
     )

@@ -135,7 +135,7 @@ def moments(
 def _batch_sums(task: Task, model: nn.Module, inputs: Any, likelihood: Likelihood, labels: int, seed: int) -> Found:
     """The sums over one batch, by parameter, first row and kind of use."""
     generator = torch.Generator().manual_seed(seed)
-    own = _free(task.running(model))
+    own = _free(model).to(task.device).eval()
     with Watch(own) as watch:
         outputs = task.outputs(own, inputs)
     uses = watch.uses

@@ -9,7 +9,6 @@ of, does not (0.6). Where the network fits without any loss, that is what is tak
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tersenet.allocators.lagrange import from_below
@@ -24,6 +23,7 @@ DAMPINGS = (Damping(), Damping(rows=1.0))
 RATES = (0.3, 0.5)  # how much a bit weighs against distortion
 QUICK = Coding(("bits", "context"))  # nearly as small as the best of all codecs, and never smaller
 FALL = 5  # by experience: the difference falls with about this power of the size
+MANY = 1 << 20  # weights from which on files are made with one price of a bit alone, to save time
 LOOSE = 0.8  # files that use less of the budget are looked at again
 ERROR = 3  # bytes that a measured error will add to each tensor
 
@@ -80,24 +80,25 @@ def to_size(gathered: Gathered, most: int, coding: Coding | None = None) -> Draf
         return _blind(gathered, search)
     gathered = _weighed(gathered, search)
     wanted = outputs(task, gathered.draft.module(), gathered.held)
-    best: tuple[float, Draft] | None = None
-    for prepared, rate, own in progress(_ways(gathered, search), "quantizing", len(DAMPINGS) * len(RATES) + 1):
-        draft, size = own.met(prepared, rate)
-        error = likelihood.difference(wanted, outputs(task, draft.module(), gathered.held)) * (size / most) ** FALL
-        if best is None or error < best[0] or not math.isfinite(best[0]):
-            best = error, draft
-    assert best is not None
-    return best[1]
 
+    def error(draft: Draft, size: int) -> float:
+        """What the draft's outputs lack, as if its file had just the size that is asked for."""
+        found = likelihood.difference(wanted, outputs(task, draft.module(), gathered.held)) * (size / most) ** FALL
+        return found if math.isfinite(found) else math.inf
 
-def _ways(gathered: Gathered, search: Search) -> Iterator[tuple[Prepared, float, Search]]:
-    """How files are made, one prepared network at a time: they are large."""
-    for damping in DAMPINGS:
-        prepared = prepare(gathered, damping)
-        for rate in RATES:
-            yield prepared, rate, search
-        del prepared
-    yield prepare(gathered, aware=False), 0.0, Search(search.most, search.coding)
+    best, least = gathered.draft, math.inf
+    many = sum(math.prod(gathered.draft.tensors[name].tree.shape) for name in gathered.found) > MANY
+    ways = [(damping, rate) for damping in DAMPINGS for rate in (RATES[-1:] if many else RATES)]
+    for damping, rate in progress(ways, "quantizing", len(ways)):
+        draft, size = search.met(prepare(gathered, damping), rate)
+        if (found := error(draft, size)) < least:
+            best, least = draft, found
+    plain, own = prepare(gathered, aware=False), Search(most, search.coding)
+    draft = plain.at(plain.guess(most), 0.0)
+    if error(draft, artifact_of(draft, search.coding).nbytes) < 2 * least:  # else it is not worth a search
+        draft, size = own.met(plain, 0.0)
+        best = draft if error(draft, size) < least else best
+    return best
 
 
 def _weighed(gathered: Gathered, search: Search) -> Gathered:

@@ -116,12 +116,11 @@ def weighed(gathered: Gathered, prepared: "Prepared", c: float) -> Gathered:
     batches = _probes(gathered.held, len(layers))
     model = gathered.draft.module().eval()
 
-    def said(module: nn.Module) -> list[Any]:
-        own = task.running(module)
+    def said(own: nn.Module) -> list[Any]:
         with torch.no_grad():
             return [_on_cpu(task.outputs(own, batch)) for batch in batches]
 
-    wanted = said(model)
+    wanted = said(task.running(model))
 
     def ratio(layer: "Layer") -> float | None:
         alone = replace(prepared, lossless={}, shifts=_own(prepared.shifts, layer))
@@ -130,7 +129,7 @@ def weighed(gathered: Gathered, prepared: "Prepared", c: float) -> Gathered:
             name: torch.from_numpy(np.array(unpack(tree), np.float64))
             for name, tree in alone.trees([layer], [packing], c).items()
         }
-        seen = likelihood.difference(wanted, said(swapped(model, changed)))
+        seen = likelihood.difference(wanted, said(swapped(model, changed).to(task.device)))
         return math.log(seen / packing.cost) if min(seen, packing.cost) > 0 and math.isfinite(seen) else None
 
     with one_thread():
