@@ -267,3 +267,11 @@ def test_training_runs_on_the_tasks_device_and_comes_back(name):
         assert all(p.device.type == "cpu" for p in made.module().parameters())
         score = task.score(task.test, load(artifact_of(made).to_bytes()).into(copy.deepcopy(task.model)))
         assert abs(score - own.score(task.test, made.module())) < 0.02
+
+
+def test_vectors_are_narrowed_only_where_every_value_keeps_its_precision():
+    values = {"gain": np.float32([1.0, 1e-9]), "bias": np.float32([1.0, 0.1, 0.0]), "w": np.ones((4, 4), np.float32)}
+    draft = Draft.of_arrays(values)
+    half, brain = (Narrow(kind)(draft, None).tensors for kind in ("float16", "bfloat16"))
+    assert np.array_equal(half["gain"].tree, values["gain"]) and half["bias"].tree[1] == np.float16(0.1)
+    assert 0 < abs(brain["gain"].tree[1] / 1e-9 - 1) < 2**-8

@@ -42,7 +42,10 @@ class Likelihood:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else ()
         goals = tensors(targets)
         goal = goals[0] if len(goals) == 1 else None
-        told, why = task.likelihood or _told_by(task.loss), "set" if task.likelihood else "by the loss"
+        told, why = (
+            task.likelihood or _told_by(task.loss),
+            "by Task(likelihood=...)" if task.likelihood else "by the loss",
+        )
         if isinstance(task.loss, nn.BCELoss) or task.loss in PROBABILITIES:
             return Likelihood("bernoulli", probabilities=True, why=why)
         axis = _class_axis(shape, goal, told is not None and task.likelihood is None)

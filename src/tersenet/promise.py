@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def compress(
             most = budget.bytes_for(weights)
             if most is not None and before is not None:
                 most -= METRIC_BYTES
-            draft = quantized(draft, task, budget, most, coding)
+            draft = quantized(draft, task, budget, most, coding, log)
         else:
             draft = run(draft, task, recipe, Path(folder) if folder else cache_folder(), log)
         artifact = artifact_of(draft, coding, refolded(original, draft))
@@ -99,12 +99,22 @@ def _proved(artifact: Artifact, task: Task) -> float:
         raise PromiseBroken(f"the file cannot be measured: {wrong}") from None
 
 
-def quantized(draft: Draft, task: Task | None, budget: Budget, most: int | None, coding: Coding | None = None) -> Draft:
-    """The draft quantized without retraining so that its file keeps the budget."""
+def quantized(
+    draft: Draft,
+    task: Task | None,
+    budget: Budget,
+    most: int | None,
+    coding: Coding | None = None,
+    log: Callable[[Row], None] = lambda row: None,
+) -> Draft:
+    """The draft quantized without retraining so that its file keeps the budget; what was assumed is logged."""
     usable = task if task is not None and task.train is not None else None
     if most is None and usable is None:
         raise ValueError("a drop is measured on data: give Task(train=...), or a size or ratio")
     gathered = gather(draft, usable)
+    if (known := gathered.likelihood) is not None:
+        kind = f"{known.kind} along axis {known.axis}" if known.kind == "classes" else known.kind
+        log({"stage": "calibration", "likelihood": f"{kind}, told {known.why}", "layers": len(gathered.found)})
     if most is not None:
         return to_size(gathered, most, coding)
     assert usable is not None and budget.drop is not None

@@ -233,13 +233,10 @@ class Choice:
 
     @staticmethod
     def of(task: Task, artifact: Artifact) -> "Choice":
-        """Measured on the reopened file, batch by batch."""
-        held = task.held()
-        size = max(1, (held.count or 1) // 24)
-        (before, one), (after, other) = (
-            task.measured(held, model, size)
-            for model in (task.model, load(artifact.to_bytes()).into(duplicate(task.model)))
-        )
+        """Measured on the reopened file; the standard error comes from small batches."""
+        held, models = task.held(), (task.model, load(artifact.to_bytes()).into(duplicate(task.model)))
+        before, after = (task.score(held, model) for model in models)
+        one, other = (task.measured(held, model, max(1, (held.count or 1) // 24))[1] for model in models)
         apart = [a - b for a, b in zip(other, one, strict=True)]
         error = float(np.std(apart, ddof=1) / math.sqrt(len(apart))) if len(apart) > 3 else None
         return Choice(held.count, before, after, error)

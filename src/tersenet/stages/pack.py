@@ -8,7 +8,7 @@ import numpy as np
 from tersenet.artifact import Tensor
 from tersenet.methods import Method, repack
 from tersenet.methods.kmeans import KMeans
-from tersenet.packed import Tree, float_leaves
+from tersenet.packed import Array, Packed, Tree, float_leaves
 from tersenet.recipe import Draft, round_leaves
 from tersenet.task import Task
 
@@ -51,7 +51,10 @@ def _floats(tree: Tree) -> int:
 
 @dataclass(frozen=True)
 class Narrow:
-    """Round trainable float leaves (codewords, biases, norms) to "float16" or "bfloat16"; buffers keep every bit."""
+    """Round trainable float leaves (codewords, biases, norms) to "float16" or "bfloat16"; buffers keep every bit.
+
+    A vector, as of biases or a norm's gains, stays as it is where one of its values would lose the type's precision.
+    """
 
     dtype: str = "float16"
 
@@ -64,7 +67,16 @@ class Narrow:
         for name, tensor in draft.tensors.items():
             if name in draft.trainable and tensor.dtype == "float32":
                 tree = round_leaves(tensor.tree, self.dtype)
+                vector = len(tree.shape) < 2 and not isinstance(tree, Packed)
+                if vector and not _precise(np.asarray(tree), np.asarray(tensor.tree), self.dtype):
+                    continue
                 if not all(np.isfinite(np.asarray(leaf)).all() for leaf in float_leaves(tree).values()):
                     raise ValueError(f"{name}: values too large for {self.dtype}; use bfloat16 or leave Narrow out")
                 renewed.setdefault(id(tensor), replace(tensor, tree=tree))
         return replace(draft, tensors={n: renewed.get(id(t), t) for n, t in draft.tensors.items()})
+
+
+def _precise(rounded: Array, values: Array, dtype: str) -> bool:
+    """Whether every value keeps the relative precision of the type's mantissa: those too small or large do not."""
+    least = 2.0**-11 if dtype == "float16" else 2.0**-8
+    return bool((np.abs(rounded - values) <= least * np.abs(values)).all())

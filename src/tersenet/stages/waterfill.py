@@ -142,7 +142,9 @@ class Prepared:
             q, steps = layer.at(c, rate)
         except Overflow:
             return Packing(kept.tree if kept else self.draft.tensors[layer.name].tree, None, 0.0)
-        error = layer.weight - q * steps.dense()
+        error = steps.dense()
+        error *= q
+        np.subtract(layer.weight, error, out=error)  # in place: a table of embeddings is large
         cost = layer.metric.cost(error)
         if kept is not None and kept.bits <= entropy(q) + cost / (2 * math.log(2) * NOISE * c * c):
             return Packing(kept.tree, None, 0.0)
