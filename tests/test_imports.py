@@ -9,7 +9,7 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "", "data": "", "operations": "", "native": "", "information": "",
+    "packed": "", "data": "", "recurrent": "", "operations": "recurrent", "native": "", "information": "",
     "task": "data", "likelihood": "task data", "allocators": "task",
     "codecs": "native", "container": "packed codecs",
     "norms": "container", "artifact": "container packed codecs norms", "methods": "packed native codecs",
@@ -25,7 +25,7 @@ MAY = {
     "__init__": "artifact codecs recipe task promise papers",
 }  # fmt: skip
 TORCH = {"allocators", "methods", "calibrate", "task", "recipe", "stages", "promise", "threelc", "information",
-         "norms", "data", "likelihood", "operations"}  # fmt: skip
+         "norms", "data", "likelihood", "operations", "recurrent"}  # fmt: skip
 
 
 def imports(file: Path):

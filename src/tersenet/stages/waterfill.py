@@ -142,8 +142,8 @@ class Prepared:
             q, steps = layer.at(c, rate)
         except Overflow:
             return Packing(kept.tree if kept else self.draft.tensors[layer.name].tree, None, 0.0)
-        error = steps.dense()
-        error *= q
+        error = steps.dense()  # one column where all have one step
+        error = np.multiply(error, q, out=error if error.shape == q.shape else None)
         np.subtract(layer.weight, error, out=error)  # in place: a table of embeddings is large
         cost = layer.metric.cost(error)
         if kept is not None and kept.bits <= entropy(q) + cost / (2 * math.log(2) * NOISE * c * c):
