@@ -13,11 +13,12 @@ from ptq import task_of
 from table import write
 
 from tersenet.artifact import Coding, load
-from tersenet.methods.feedback import levels, tree_of
+from tersenet.methods.feedback import diagonal, levels, paths
 from tersenet.recipe import Draft, artifact_of, dense_array
 from tersenet.stages import waterfill
 from tersenet.stages.budget import QUICK, Search
-from tersenet.stages.waterfill import Prepared, gather, outputs, prepare, weighed
+from tersenet.stages.gathering import gather, outputs, weighed
+from tersenet.stages.waterfill import Prepared, prepare
 
 SIZES = {"resnet20": 66_000, "mobilenetv2": 1_600_000}
 STATIC = Coding(("bits", "huffman", "rans"))
@@ -32,16 +33,17 @@ class Parts(Prepared):
         trees = {}
         biases = {n: dense_array(self.draft.tensors[n]).astype(np.float64) for n in self.shifts}
         for layer in self.layers:
-            steps = waterfill.waterfilled(layer.metric, c, int(np.prod(layer.shape[2:])))
+            steps = waterfill.waterfilled(layer.metric, c, int(np.prod(layer.form.kernel)), layer.weight.shape)
             if not self.steps:  # the step of the middle column and row everywhere
                 middle = float(np.exp(np.log(steps.dense()).mean()))
                 zeros = [np.zeros_like(part) for part in (steps.rows, steps.channels, steps.places)]
                 steps = replace(steps, scale=middle, rows=zeros[0], channels=zeros[1], places=zeros[2])
             metric = layer.metric
             if not self.feedback:
-                metric = replace(metric, inputs=metric.inputs * np.eye(metric.inputs.shape[1]), outputs=metric.rows())
-            q = levels(layer.weight, metric, steps.parts(), rate, None, self.trellis)
-            trees[layer.name] = tree_of(q, steps, layer.shape, layer.transformed)
+                metric = replace(metric, inputs=diagonal(metric.inputs)[..., None], outputs=metric.rows()[..., None])
+            trellis = self.trellis and paths(layer.weight.shape[2])
+            q = levels(layer.weight, metric, steps.parts(), rate, None, trellis)
+            trees[layer.name] = layer.tree(q, steps, tuple(self.draft.tensors[layer.name].tree.shape))
             if self.biased and layer.bias is not None:
                 error = layer.weight - q * steps.dense()
                 biases[layer.bias] += (error @ layer.means[..., None]).reshape(-1)
@@ -61,20 +63,21 @@ def relative(prepared):
 
     def alone(layer):
         power = np.square(layer.weight @ layer.metric.inputs).sum(2).mean() + 1e-30
-        rows = np.full(layer.weight.shape[:2], power**-0.5)
+        rows = np.full((*layer.weight.shape[:2], 1), power**-0.5)
         return replace(layer, metric=replace(layer.metric, outputs=rows))
 
     return [alone(layer) for layer in prepared.layers]
 
 
 def columns_only(prepared):
-    return [replace(layer, metric=replace(layer.metric, outputs=layer.metric.rows())) for layer in prepared.layers]
+    metrics = [replace(layer.metric, outputs=layer.metric.rows()[..., None]) for layer in prepared.layers]
+    return [replace(layer, metric=metric) for layer, metric in zip(prepared.layers, metrics, strict=True)]
 
 
 def variants(gathered, weigh):
     """(label, prepared, rate, coding) from the plainest to all parts."""
     whole, shrunk = prepare(gathered), waterfill.shrunk
-    waterfill.shrunk = lambda one, other: (one + other) / 2
+    waterfill.shrunk = lambda one, other, shared=False: (one + other) / 2
     full = prepare(gathered)
     spatial, waterfill.spatial = waterfill.spatial, lambda shape: False
     untransformed = prepare(gathered)
@@ -98,12 +101,16 @@ def variants(gathered, weigh):
     yield "+ error feedback over rows", without(full, *scalar), 0.5, QUICK
     yield "+ moments shrunk as far as their halves disagree", without(whole, *scalar), 0.5, QUICK
     yield "+ trellis", whole, 0.5, QUICK
-    yield "+ layers weighed by what their errors cost", prepare(weigh(gathered)), 0.5, QUICK
+    yield "+ layers weighed by what their errors cost", prepare(weigh(gathered, whole)), 0.5, QUICK
 
 
 def divergence(wanted, found):
     p, q = wanted.double().log_softmax(1), found.double().log_softmax(1)
     return float((p.exp() * (p - q)).sum(1).mean())
+
+
+def said(task, draft, batches):
+    return torch.cat([part[0] for part in outputs(task, draft.module(), batches)])
 
 
 def measure(name):
@@ -112,11 +119,12 @@ def measure(name):
     x = task.test[0]
     state = {n: t.clone() for n, t in task.model.state_dict().items()}
     gathered = gather(Draft.of_model(task.model), task)
-    wanted = outputs(gathered.draft, x)
-    search = Search(gathered, most, QUICK, 0.01)
+    batches = list(x.split(100))
+    wanted = said(task, gathered.draft, batches)
+    search = Search(most, QUICK)
 
     def row(label, draft, size):
-        found = outputs(draft, x)
+        found = said(task, draft, batches)
         accuracy = task.score(task.test, load(artifact_of(draft, search.coding).to_bytes()).into(task.model))
         task.model.load_state_dict(state)
         made = {"network": name, "method": label, "bytes": size, "accuracy": round(accuracy, 4)}
@@ -124,7 +132,7 @@ def measure(name):
         print(made, flush=True)
         return made
 
-    for label, prepared, rate, coding in variants(gathered, lambda known: weighed(known, search.c)):
+    for label, prepared, rate, coding in variants(gathered, lambda known, first: weighed(known, first, search.c)):
         search.coding = coding
         yield row(label, *search.met(prepared, rate))
 

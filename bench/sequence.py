@@ -35,6 +35,8 @@ from scipy.stats import spearmanr
 from table import DATA, ROOT, real_data, write
 
 import tersenet as tn
+from tersenet.stages.pack import Narrow
+from tersenet.stages.prune import Prune
 
 SIZES = {  # bytes; for MiniLM 8, 6, 4, 3 and 2.5 bits a weight are 22.7, 17.0, 11.4, 8.5 and 7.1 MB
     "minilm": (22_700_000, 17_000_000, 11_400_000, 8_500_000, 8_000_000, 7_000_000, 6_200_000, 5_500_000),
@@ -44,7 +46,13 @@ STEPS = {"minilm": (-38, -34, -30, -26, -24, -22, -20, -18), "charlstm": (-38, -
 KEY = {"minilm": "accuracy", "charlstm": "nats"}
 SENTENCES, BATCH = 512, 16
 TESTED, ROWS, ROW, WARM = 500_000, 64, 257, 64  # of the text: where the evaluated rows begin, how many and how long
-DENSITY, ROUNDS, EPOCHS, RATE = 0.1, 4, 12, 0.006  # of pruning: what stays, rounds, epochs of each, Adam's rate
+DENSITY, ROUNDS, EPOCHS, LAST, RATE = (
+    0.1,
+    4,
+    3,
+    9,
+    0.006,
+)  # of pruning: what stays, rounds, epochs of each and of the last
 CHOSEN = 800_000  # where rows as many begin that choices are made on
 
 # ---------------------------------------------------------------- tasks
@@ -282,20 +290,21 @@ def pruned(network: str) -> Iterator[dict]:
     schedule = tn.Schedule(EPOCHS, RATE, 64, adam=True, cosine=True)
     task = characters(schedule)
     begun = time.monotonic()
-    result = tn.compress(task, tn.papers.lr_rewinding(DENSITY, ROUNDS, EPOCHS))
+    result = tn.compress(task, (Prune(DENSITY, ROUNDS, EPOCHS, LAST), Narrow()))
     stored = result.artifact.unpack()
     weights = [stored[n] for n, t in task.model.named_parameters() if t.dim() > 1]
     density = sum(map(np.count_nonzero, weights)) / sum(w.size for w in weights)
     more = {
         "density": round(float(density), 4),
-        "settings": f"{ROUNDS} rounds of {EPOCHS} epochs, Adam, rate {RATE}, cosine",
+        "settings": f"{ROUNDS} rounds of {EPOCHS} epochs, the last of {LAST}, Adam, rate {RATE}, cosine",
     }
     more["seconds"] = time.monotonic() - begun
     yield row_of(network, "learning-rate rewinding", result.artifact.nbytes, result.after, result.before, **more)
     begun = time.monotonic()
-    task = characters(replace(schedule, epochs=ROUNDS * EPOCHS)).trained()
+    whole = (ROUNDS - 1) * EPOCHS + LAST
+    task = characters(replace(schedule, epochs=whole)).trained()
     size = sum(t.numel() * t.element_size() for t in task.model.state_dict().values())
-    more = {"settings": f"{ROUNDS * EPOCHS} epochs", "density": 1.0, "seconds": time.monotonic() - begun}
+    more = {"settings": f"{whole} epochs", "density": 1.0, "seconds": time.monotonic() - begun}
     yield row_of(network, "dense, trained as long", size, task.score(task.test), result.before, **more)
 
 

@@ -162,7 +162,7 @@ def verify(path: str | Path, against: Mapping[str, Array] | None = None, task: T
     if against is not None:
         known = Draft.of_arrays(against).tensors
         alike = {name: tensor.tree for name, tensor in refolded(known, artifact).items() if tensor is not known[name]}
-        found["errors"] = errors_against(artifact, {**against, **alike})
+        found["errors"] = errors_against(artifact, {name: alike.get(name, against[name]) for name in known})
         for name, error in found["errors"].items():
             tensor = artifact.tensors[name]
             claim = tensor.error if tensor.error is not None or isinstance(tensor.tree, Packed) else 0.0

@@ -114,9 +114,11 @@ class Draft:
     def of_arrays(arrays: Mapping[str, Array]) -> "Draft":
         """The draft of named arrays or torch tensors, which need no module: finite floats that are no buffers by name.
 
-        Arrays that share their numbers are one tensor. Floats of two or more axes count as weights.
+        Arrays that share their numbers are one tensor; extra state that is none is left out. Floats of two or more axes
+        count as weights.
         """
-        tensors = _dense(dict(arrays), lambda name, array: not _is_buffer(name, array))
+        state = {n: a for n, a in arrays.items() if hasattr(a, "dtype") or n.rpartition(".")[2] != "_extra_state"}
+        tensors = _dense(state, lambda name, array: not _is_buffer(name, array))
         return Draft(None, tensors, frozenset(name for name, tensor in tensors.items() if tensor.note == KEPT))
 
     def weights(self) -> list[str]:

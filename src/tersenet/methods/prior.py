@@ -26,6 +26,7 @@ from tersenet.packed import Array
 POWER = 0.75  # of a row's size in its step
 COARSEST = 4.0  # how much coarser a row's step may be, relative to its size, than the layer's
 FEW = 8  # rows and columns of fewer weights are taken to be as large as the layer's others
+FAR = 64.0  # weights so many times beyond the others of their row are outliers
 LEAST = 1e-12  # rows and columns are taken to be at least so large, as parts of the layer's root mean square
 
 
@@ -43,7 +44,10 @@ def prior(weight: Array, columns: bool = True) -> Prior:
     if peak == 0:
         return Prior(np.ones(len(weight)))
     squares = np.square(weight / peak)  # neither overflow nor underflow
-    size = math.sqrt(float(squares.mean()))
+    if min(weight.shape) >= FEW:  # else rows and columns say no more than all weights together
+        size = math.sqrt(float(np.square(_sizes(squares, 1)).mean()))
+    else:
+        size = math.sqrt(float(squares.mean()))
     rows, own = (_sizes(squares / size**2, axis) for axis in (1, 0))
     steps = np.minimum(rows**POWER, COARSEST * rows)
     own = 1 / np.minimum(own, 1)
@@ -52,6 +56,13 @@ def prior(weight: Array, columns: bool = True) -> Prior:
 
 
 def _sizes(squares: Array, axis: int) -> Array:
-    """Root mean squares as parts of the layer's; 1 where too few weights tell, or all are 0 and so nothing is lost."""
-    mean = squares.mean(axis)
-    return np.where((mean > 0) & (squares.shape[axis] >= FEW), np.maximum(np.sqrt(mean), LEAST), 1.0)
+    """Root mean squares; 1 where too few weights tell, or all are 0 and so nothing is lost.
+
+    A few outliers do not make a row large: what is far beyond the others counts as `FAR` times these.
+    """
+    count = squares.shape[axis]
+    top = max(1, count // 50)
+    others = np.take(np.partition(squares, count - top - 1, axis), range(count - top), axis) if count > top else squares
+    mean = np.minimum(squares, FAR**2 * others.mean(axis, keepdims=True)).mean(axis)
+    mean = np.where(mean > 0, mean, squares.mean(axis))
+    return np.where((mean > 0) & (count >= FEW), np.maximum(np.sqrt(mean), LEAST), 1.0)

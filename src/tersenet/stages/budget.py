@@ -9,11 +9,15 @@ of, does not (0.6). Where the network fits without any loss, that is what is tak
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from tersenet.allocators.lagrange import from_below
 from tersenet.artifact import Coding, load
-from tersenet.packed import Tree
+from tersenet.likelihood import Likelihood
+from tersenet.packed import Packed, Tree
 from tersenet.recipe import Draft, artifact_of
 from tersenet.stages.gathering import Gathered, outputs, weighed
 from tersenet.stages.waterfill import Damping, Prepared, prepare
@@ -23,6 +27,7 @@ DAMPINGS = (Damping(), Damping(rows=1.0))
 RATES = (0.3, 0.5)  # how much a bit weighs against distortion
 QUICK = Coding(("bits", "context"))  # nearly as small as the best of all codecs, and never smaller
 FALL = 5  # by experience: the difference falls with about this power of the size
+ALIKE = 0.5  # of the outputs' variation, the most that may be lost, whatever the metric says
 MANY = 1 << 20  # weights from which on files are made with one price of a bit alone, to save time
 LOOSE = 0.8  # files that use less of the budget are looked at again
 ERROR = 3  # bytes that a measured error will add to each tensor
@@ -42,12 +47,18 @@ class Search:
 
         def size_at(c: float) -> int:
             draft = prepared.at(c, rate)
-            errors = ERROR * (len(prepared.layers) + len(prepared.shifts))
             drafts[c] = draft, artifact_of(draft, self.coding).nbytes + errors
             return drafts[c][1]
 
+        kept = {id(t): t for n, t in prepared.draft.tensors.items() if n not in prepared.draft.trainable}
+        errors = ERROR * len({id(prepared.draft.tensors[n]) for n in prepared.draft.trainable})
         start = prepared.guess(self.most) if self.c is None else self.c
-        self.c = from_below(size_at, self.most, start, used, tries)
+        try:
+            self.c = from_below(size_at, self.most, start, used, tries)
+        except ValueError as wrong:
+            held = sum(np.asarray(t.tree).nbytes for t in kept.values() if not isinstance(t.tree, Packed))
+            more = f"; {held:,} bytes of it are buffers, which are kept bit for bit" if held > self.most / 4 else ""
+            raise ValueError(f"{wrong}{more}") from None
         return drafts[self.c]
 
 
@@ -121,31 +132,40 @@ def _blind(gathered: Gathered, search: Search) -> Draft:
 def to_drop(gathered: Gathered, points: float, task: Task, coding: Coding | None = None) -> Draft:
     """The smallest file found whose metric, on the task's data for choosing, falls by at most `points`.
 
-    Where even fine steps lose more, the network is kept without loss.
+    A metric on few samples may hold by chance, so at least half of what the outputs vary must be kept as well. Where
+    even fine steps lose more, the network is kept without loss.
     """
     before = task.score(task.held(), gathered.draft.module())
-    begun = _coarsest(prepare(gathered), before, points, task)
+    wanted = outputs(task, gathered.draft.module(), gathered.held)
+    likelihood = gathered.likelihood or Likelihood.of(task)
+    most = ALIKE * likelihood.difference(wanted, [[part * 0 for part in parts] for parts in wanted])
+
+    def keeps(draft: Draft) -> bool:
+        model = load(artifact_of(draft, QUICK).to_bytes()).into(draft.module())
+        try:
+            after = task.score(task.held(), model)
+        except ValueError:  # a metric that is no number
+            return False
+        alike = likelihood.difference(wanted, outputs(task, model, gathered.held)) <= most
+        return alike and 100 * task.metric.gain(after, before) >= -points
+
+    begun = _coarsest(prepare(gathered), keeps)
     if begun is None:
         return without_loss(gathered)
     gathered = weighed(gathered, prepare(gathered), begun[1])
     tried = progress(DAMPINGS, "quantizing", len(DAMPINGS))
-    found = [begun, *(_coarsest(prepare(gathered, damping), before, points, task) for damping in tried)]
+    found = [begun, *(_coarsest(prepare(gathered, damping), keeps) for damping in tried)]
     drafts = [one[0] for one in found if one] + [without_loss(gathered)]
     return min(drafts, key=lambda draft: artifact_of(draft, coding or QUICK).nbytes)
 
 
-def _coarsest(prepared: Prepared, before: float, points: float, task: Task) -> tuple[Draft, float] | None:
-    """The draft at the coarsest step found that keeps the metric, and the step."""
-    best, low, high = None, prepared.unit * 2.0**-16, prepared.unit * 4.0
+def _coarsest(prepared: Prepared, keeps: Callable[[Draft], bool]) -> tuple[Draft, float] | None:
+    """The draft at the coarsest step found that keeps what it must, and the step."""
+    best, low, high = None, prepared.unit * 2.0**-16, prepared.unit * 8.0
     for _ in range(10):
         c = math.sqrt(low * high)
         draft = prepared.at(c)
-        try:
-            after = task.score(task.held(), load(artifact_of(draft, QUICK).to_bytes()).into(draft.module()))
-            keeps = 100 * task.metric.gain(after, before) >= -points
-        except ValueError:  # a metric that is no number
-            keeps = False
-        if keeps:
+        if keeps(draft):
             best, low = (draft, c), c
         else:
             high = c

@@ -8,6 +8,7 @@ in large part, stay zero; their layers are not transformed. What holds a weight 
 floats) is taken where it costs no more bits than its loss is worth at this c.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from tersenet.calibrate import Moments
-from tersenet.methods.feedback import Metric, Overflow, Steps, levels, paths, tree_of, waterfilled
+from tersenet.methods.feedback import Metric, Overflow, Steps, diagonal, levels, paths, tree_of, waterfilled
 from tersenet.methods.prior import prior
 from tersenet.methods.shrinkage import factored, shrunk
 from tersenet.methods.transform import spatial
@@ -35,6 +36,8 @@ FINER = 4.0  # so many times finer than weights of equal size
 PRUNED = 0.3  # where so many weights are zero, zeros stay zero
 WIDE = 16.0  # rows and columns of sizes that differ by more are brought nearer before moments are damped
 UNSURE, ENOUGH = 0.1, 128  # how much A is damped where hardly any inputs were seen, and how many are enough
+SKETCH = 1 << 12  # weights of a layer that are looked at to guess a step
+LARGEST = 1e37  # weights beyond it are not quantized: a level more would be infinite
 FAINT = 1e-4  # a layer's statistics say at least so much of what is usual: where they vanish, it must not look free
 NOISE = 0.255  # squared error of a trellis in squared steps
 
@@ -61,12 +64,27 @@ class Layer:
     kept: Array | None = None  # [groups, rows, n], where the weight was pruned before: the rest stays zero
 
     @cached_property
+    def peak(self) -> float:
+        """The largest weight."""
+        return float(np.abs(self.weight).max(initial=0))
+
+    @cached_property
+    def sketch(self) -> Array:
+        """Some of the weights' sizes, in steps of c = 1."""
+        columns = np.ones((1, 1)) if self.metric.inputs is None else diagonal(self.metric.inputs)
+        sizes = np.abs(self.weight) * self.metric.rows()[..., None] * columns[:, None]
+        found: Array = sizes.reshape(-1)[:: max(1, sizes.size // SKETCH)]
+        return found
+
+    @cached_property
     def energy(self) -> float:
         """What losing the whole weight would cost, a weight."""
         return float(self.metric.cost(self.weight) / self.weight.size)
 
     def at(self, c: float, rate: float) -> tuple[Array, Steps]:
         """Levels [groups, rows, n] and their steps at c; raises `Overflow` where steps are far too fine."""
+        if self.peak > LARGEST:
+            raise Overflow(f"{self.name}: weights so large that their levels overflow float32")
         steps = waterfilled(self.metric, c, math.prod(self.form.kernel), self.weight.shape)
         # One row alone is a vector, which the coder lays out anew.
         trellis = self.kept is None and paths(self.weight.shape[2]) and math.prod(self.weight.shape[:2]) > 1
@@ -94,17 +112,19 @@ class Prepared:
 
     @property
     def unit(self) -> float:
-        """The c that is as large as an average weight is, in the metric."""
-        size = sum(layer.weight.size for layer in self.layers)
-        return math.sqrt(sum(layer.energy * layer.weight.size for layer in self.layers) / max(size, 1)) or 1.0
+        """The c at which weights take half a bit each: far coarser, hardly anything is left of them."""
+        return self.guess(sum(layer.weight.size for layer in self.layers) // 16)
 
     def guess(self, most: int) -> float:
-        """The c at which a file would have about so many bytes, if weights were Gaussian."""
-        low, high = math.log(self.unit) - 30, math.log(self.unit) + 10
-        known = [(layer.energy, layer.weight.size) for layer in self.layers]
-        for _ in range(40):
+        """The c at which a file would have about so many bytes; a few huge weights do not mislead it."""
+        known = [(layer.sketch, layer.weight.size) for layer in self.layers if layer.sketch.any()]
+        if not known:
+            return 1.0
+        logs = [float(np.log(sketch[sketch > 0]).mean()) for sketch, _ in known]
+        low, high = min(logs) - 30, max(logs) + 30
+        for _ in range(50):
             middle = (low + high) / 2
-            bits = sum(n * math.log2(1 + 4.3 * e / math.exp(2 * middle)) / 2 for e, n in known)
+            bits = sum(n * float(np.log2(1 + 4.3 * np.square(x / math.exp(middle))).mean()) / 2 for x, n in known)
             low, high = (middle, high) if bits > 8 * most else (low, middle)
         return math.exp(high)
 
@@ -135,18 +155,26 @@ class Prepared:
             trees[name] = tree if whole else np.asarray(tree).astype(np.asarray(before).dtype)
         return trees
 
+    @staticmethod
+    def _levels(layer: Layer, c: float, rate: float) -> tuple[Array, Steps, bool] | None:
+        """Levels at c and True, or False and those at the finest step that one huge weight allows, if there is one."""
+        for more in range(0, 100, 3):
+            with contextlib.suppress(Overflow):
+                return *layer.at(c * 2.0**more, rate), more == 0
+        return None
+
     def packed(self, layer: Layer, c: float, rate: float) -> "Packing":
         """A layer at c, or its tree without loss where that costs no more than the loss is worth."""
         kept, shape = self.lossless.get(layer.name), tuple(self.draft.tensors[layer.name].tree.shape)
-        try:
-            q, steps = layer.at(c, rate)
-        except Overflow:
+        found = self._levels(layer, c, rate)
+        if found is None:
             return Packing(kept.tree if kept else self.draft.tensors[layer.name].tree, None, 0.0)
+        q, steps, fine = found
         error = steps.dense()  # one column where all have one step
         error = np.multiply(error, q, out=error if error.shape == q.shape else None)
         np.subtract(layer.weight, error, out=error)  # in place: a table of embeddings is large
         cost = layer.metric.cost(error)
-        if kept is not None and kept.bits <= entropy(q) + cost / (2 * math.log(2) * NOISE * c * c):
+        if kept is not None and fine and kept.bits <= entropy(q) + cost / (2 * math.log(2) * NOISE * c * c):
             return Packing(kept.tree, None, 0.0)
         lost = (error @ layer.means[..., None]).reshape(-1) if layer.bias is not None else None
         return Packing(layer.tree(q, steps, shape), lost, cost)
