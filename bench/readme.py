@@ -62,7 +62,7 @@ def sequences() -> Iterator[str]:
     yield paragraph(
         "**Sentence encoder and character LSTM, without retraining** (`bench/sequence.py`): all-MiniLM-L6-v2 (22.7",
         "million weights) on the pairs of the STS benchmark's test split, calibrated on 512 training sentences or on",
-        "nothing; a two-layer LSTM on Shakespeare. Whole files; peers are followed by zstd -19.",
+        "nothing; a two-layer LSTM on Shakespeare. Whole files; rounding and GPTQ are followed by zstd -19.",
     )
     yield "| network | method | bytes : measure |"
     yield "|---|---|---|"

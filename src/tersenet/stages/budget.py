@@ -27,6 +27,7 @@ DAMPINGS = (Damping(), Damping(rows=1.0))
 RATES = (0.3, 0.5)  # how much a bit weighs against distortion
 QUICK = Coding(("bits", "context"))  # nearly as small as the best of all codecs, and never smaller
 FALL = 5  # by experience: the difference falls with about this power of the size
+CLEARLY = 0.75  # by so much less a file made without moments must err: held back inputs are few
 ALIKE = 0.5  # of the outputs' variation, the most that may be lost, whatever the metric says
 MANY = 1 << 20  # weights from which on files are made with one price of a bit alone, to save time
 LOOSE = 0.8  # files that use less of the budget are looked at again
@@ -50,13 +51,14 @@ class Search:
             drafts[c] = draft, artifact_of(draft, self.coding).nbytes + errors
             return drafts[c][1]
 
-        kept = {id(t): t for n, t in prepared.draft.tensors.items() if n not in prepared.draft.trainable}
-        errors = ERROR * len({id(prepared.draft.tensors[n]) for n in prepared.draft.trainable})
-        start = prepared.guess(self.most) if self.c is None else self.c
+        tensors, names = prepared.draft.tensors, prepared.draft.trainable
+        kept = {id(t): t.tree for n, t in tensors.items() if n not in names and not isinstance(t.tree, Packed)}
+        held = sum(np.asarray(tree).nbytes for tree in kept.values())
+        errors = ERROR * len({id(tensors[n]) for n in names})
+        start = prepared.guess(max(self.most - held, self.most // 16)) if self.c is None else self.c
         try:
             self.c = from_below(size_at, self.most, start, used, tries)
         except ValueError as wrong:
-            held = sum(np.asarray(t.tree).nbytes for t in kept.values() if not isinstance(t.tree, Packed))
             more = f"; {held:,} bytes of it are buffers, which are kept bit for bit" if held > self.most / 4 else ""
             raise ValueError(f"{wrong}{more}") from None
         return drafts[self.c]
@@ -108,7 +110,7 @@ def to_size(gathered: Gathered, most: int, coding: Coding | None = None) -> Draf
     draft = plain.at(plain.guess(most), 0.0)
     if error(draft, artifact_of(draft, search.coding).nbytes) < 2 * least:  # else it is not worth a search
         draft, size = own.met(plain, 0.0)
-        best = draft if error(draft, size) < least else best
+        best = draft if error(draft, size) < CLEARLY * least else best
     return best
 
 
