@@ -67,12 +67,18 @@ def sequences() -> Iterator[str]:
     yield "| network | method | bytes : measure |"
     yield "|---|---|---|"
     for name, (key, form, label) in kinds.items():
-        own = rows_of(rows, name)
+        own = [r for r in rows_of(rows, name) if "density" not in r]
         ours_first = sorted(dict.fromkeys(r["method"] for r in own), key=lambda m: not m.startswith("tersenet"))
         for method in ours_first:
             points = sorted((r["bytes"], r[key]) for r in own if r["method"] == method)
             curve = ", ".join(f"{size / 1000:,.0f} kB : {form.format(value)}" for size, value in points)
             yield f"| {name} ({label}, float {form.format(own[0]['reference'])}) | {method} | {curve} |"
+    for r in rows:
+        if "density" in r:
+            yield paragraph(
+                f"Retrained ({r['method']}, {r['settings']}): at a density of {r['density']} the {r['network']} has",
+                f"{r['nats']:.3f} nats a character (given: {r['reference']:.3f}, not trained to its end) in {r['bytes']:,} bytes.",
+            )
 
 
 def ablation() -> Iterator[str]:
