@@ -77,7 +77,7 @@ def sequences() -> Iterator[str]:
         if "density" in r:
             yield paragraph(
                 f"Retrained ({r['method']}, {r['settings']}): at a density of {r['density']} the {r['network']} has",
-                f"{r['nats']:.3f} nats a character (given: {r['reference']:.3f}, not trained to its end) in {r['bytes']:,} bytes.",
+                f"{r['nats']:.3f} nats a character (given: {r['reference']:.3f}) in {r['bytes']:,} bytes.",
             )
 
 
