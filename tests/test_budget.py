@@ -10,8 +10,8 @@ from torch import nn
 import tersenet as tn
 from tersenet.artifact import Tensor, load
 from tersenet.promise import verify
+from tersenet.recipe import precise
 from tersenet.stages.lossless import lossless
-from tersenet.stages.waterfill import precise
 
 
 def error(artifact, state):

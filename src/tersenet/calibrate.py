@@ -33,7 +33,6 @@ from tersenet.task import Task, duplicate, one_thread, progress, spread
 
 MOST = 1 << 23  # numbers in a moment: 64 MiB
 EXPANDED = 0.1  # how much of the other form's diagonal is added to the moments of a convolution's gradients
-FAR = 1e-3  # means whose squares are a thousand times what varies are subtracted: float32 squares would lose the rest
 SURE = 2  # labels drawn for moments over positions, of which there are many in a sample
 
 
@@ -71,15 +70,15 @@ def blocks(n: int, groups: int, unit: int = 1) -> int:
 class Sums:
     """What the uses of one run of a parameter's rows add up to.
 
-    `means` holds, for each call, the mean of its inputs, [groups, n], what was subtracted from them before their second
-    moments were taken for `inputs`, and how many they were.
+    `inputs` holds second moments around the mean of each call, since float32 squares of a large mean would lose what
+    varies; `means` these, [groups, n], with how many inputs there were.
     """
 
     form: Form
     first: int
     inputs: Tensor
     outputs: Tensor
-    means: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    means: list[tuple[Tensor, int]] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
     biases: frozenset[str | None] = frozenset({None})
 
@@ -92,12 +91,19 @@ class Sums:
         """The mean second moment around zero and the mean, over all positions of all calls."""
         if not self.means:
             return self.inputs.double(), torch.zeros(self.form.groups, self.form.columns, dtype=torch.double)
-        total, moment = max(1, sum(count for *_, count in self.means)), self.inputs.double()
-        shifted = [shift * math.sqrt(count) for _, shift, count in self.means if bool(shift.any())]
-        if shifted:
-            moment = moment + _gram(torch.stack(shifted, 1), math.prod(self.form.kernel))
-        mean: Tensor = sum(mean * (count / total) for mean, _, count in self.means)  # type: ignore[assignment]
-        return moment / total, mean
+        total = max(1, self.positions)
+        between = _gram(torch.stack([mean * math.sqrt(count) for mean, count in self.means], 1), self.unit)
+        mean: Tensor = sum(mean * (count / total) for mean, count in self.means)  # type: ignore[assignment]
+        return (self.inputs.double() + between) / total, mean
+
+    @property
+    def positions(self) -> int:
+        return sum(count for _, count in self.means)
+
+    @property
+    def unit(self) -> int:
+        """How many columns of A belong together: the places of a kernel."""
+        return math.prod(self.form.kernel)
 
 
 Found = dict[tuple[str, int, str], Sums]
@@ -119,17 +125,13 @@ def moments(
     with one_thread():
         for part in progress(spread(one, enumerate(batches)), "calibrating", len(batches)):
             for key, sums in part.items():
-                if key in total:
-                    total[key].add(sums)
-                else:
-                    total[key] = sums
+                _put(total, key, sums)
         parts: dict[str, list[Moments]] = {}
         for (name, _, kind), sums in total.items():
             made = _scaled(sums, kind, count)
             if all(float(part.diagonal(dim1=2, dim2=3).sum()) > 0 for part in (made.inputs, made.outputs)):
                 parts.setdefault(name, []).append(made)
-        sized = dict(model.named_parameters(remove_duplicate=False))
-        return {name: _merged(found) for name, found in parts.items() if name in sized}
+        return {name: _merged(found) for name, found in parts.items()}
 
 
 def _batch_sums(task: Task, model: nn.Module, inputs: Any, likelihood: Likelihood, labels: int, seed: int) -> Found:
@@ -219,19 +221,11 @@ class _Collected:
         u = use.unrolled(use.inputs)
         if not use.pooled and self.touched is not None and not bool(self.touched.all()):
             u = u[:, self.touched]  # what no gradient reaches, such as padding, says nothing
-        unit = math.prod(form.kernel)
         extra = {}
         if use.pooled:
             extra["squares"] = torch.as_tensor(self.squares) / self.turns
         mean = (u.new_ones(len(u), 1, u.shape[1]) @ u)[:, 0] / max(1, u.shape[1])
-        inputs = _gram(u.float(), unit)
-        varying = (
-            inputs.diagonal(dim1=2, dim2=3).mean().double() / max(1, u.shape[1]) - mean.double().square().mean().cpu()
-        )
-        shift = torch.zeros_like(mean)
-        if FAR * float(varying) < float(mean.double().square().mean()):
-            shift, inputs = mean, _gram((u - mean[:, None]).float(), unit)
-        means = [(mean.double().cpu(), shift.double().cpu(), u.shape[1])]
+        inputs, means = _gram((u - mean[:, None]).float(), math.prod(form.kernel)), [(mean.double().cpu(), u.shape[1])]
         return Sums(form, use.first, inputs, outputs, means, extra, frozenset({use.bias}))
 
 
@@ -276,7 +270,7 @@ def _scaled(sums: Sums, kind: str, count: int) -> Moments:
     whole = form.rows * form.groups
     if outputs.shape[0] * outputs.shape[1] * outputs.shape[2] < whole and form.groups == 1:
         outputs = _placed(outputs, sums.first, whole)
-    return Moments(form, inputs, means, outputs, bias, sum(number for *_, number in sums.means))
+    return Moments(form, inputs, means, outputs, bias, sums.positions)
 
 
 def _looked_up(sums: Sums, count: int) -> Moments:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -32,6 +32,15 @@ def tensors(things: Any) -> list[Tensor]:
     if isinstance(things, tuple | list):
         return [tensor for part in things for tensor in tensors(part)]
     return []
+
+
+def reachable(things: Any) -> list[Tensor]:
+    """The tensors of whatever a model may return: a nested structure, a collection, or an object with attributes."""
+    if isinstance(things, Tensor | Mapping | tuple | list):
+        return tensors(things)
+    if isinstance(things, Collection) and not isinstance(things, str | bytes):
+        return tensors(list(things))
+    return tensors(list(getattr(things, "__dict__", {}).values()))
 
 
 def mapped(things: Any, change: Callable[[Tensor], Any]) -> Any:

@@ -82,7 +82,6 @@ class Use:
     form: Form
     out: Tensor
     first: int = 0
-    whole: int = 0  # rows of the parameter, in all groups
     inputs: Tensor | None = None
     unrolled: Callable[[Tensor], Tensor] = lambda x: x
     results: Callable[[Tensor], Tensor] = lambda g: g
@@ -118,8 +117,8 @@ class Watch(TorchFunctionMode):
                 return out
             before = len(self.uses)
             if name == "linear":
-                x, weight, bias = _bound(("input", "weight", "bias"), args, given)
-                self._product(x, weight, out, bias, transposed=True)
+                bound = arguments(name, args, given)
+                self._product(bound["input"], bound["weight"], out, bound["bias"], transposed=True)
             elif name in CONVOLUTIONS or name in TRANSPOSED:
                 self._convolution(name, args, given, out)
             elif name == "addmm" and not given:
@@ -184,15 +183,12 @@ class Watch(TorchFunctionMode):
             return x.reshape(1, -1, n)
 
         added = self._bias(bias, first, rows, whole)
-        self.uses.append(Use(name, form, out, first, whole, x.detach(), unrolled, results, bias=added))
+        self.uses.append(Use(name, form, out, first, x.detach(), unrolled, results, bias=added))
 
     def _convolution(self, name: str, args: Any, given: Any, out: Tensor) -> None:
         backwards = name in TRANSPOSED
         dims = TRANSPOSED[name] if backwards else CONVOLUTIONS[name]
-        names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
-        if backwards:
-            names[5:] = ["output_padding", "groups", "dilation"]
-        bound = dict(zip(names, _bound(names, args, given), strict=True))
+        bound = arguments(name, args, given)
         x, weight, groups = bound["input"], bound["weight"], bound["groups"] or 1
         found = self._parameter(weight)
         if found is None or weight.numel() != found[1].numel() or not weight.is_contiguous():
@@ -216,7 +212,7 @@ class Watch(TorchFunctionMode):
             g = g if batched else g[None]
             return g.reshape(len(g), groups, form.rows, -1).permute(1, 0, 3, 2)  # [groups, samples, positions, rows]
 
-        self.uses.append(Use(found[0], form, out, 0, rows, x, unrolled, results, True, added))
+        self.uses.append(Use(found[0], form, out, 0, x, unrolled, results, True, added))
 
     def _einsum(self, args: Any, out: Tensor) -> None:
         equation = args[0]
@@ -253,7 +249,7 @@ class Watch(TorchFunctionMode):
         def results(gradient: Tensor) -> Tensor:
             return gradient.permute([right.index(c) for c in (*groups, *places, *rows)]).reshape(g, -1, m)
 
-        self.uses.append(Use(name, form, out, 0, g * m, x, unrolled, results))
+        self.uses.append(Use(name, form, out, 0, x, unrolled, results))
 
     def _embedding(self, args: Any, given: Any, out: Tensor) -> None:
         first, second = _bound(("input", "weight"), args, given)[:2]
@@ -264,7 +260,7 @@ class Watch(TorchFunctionMode):
         form = Form(tuple(weight.shape), (0, 1))
         width = weight.shape[1]
         results: Callable[[Tensor], Tensor] = lambda g: g.reshape(1, -1, width)  # noqa: E731
-        self.uses.append(Use(found[0], form, out, 0, len(weight), results=results, tokens=tokens.detach().reshape(-1)))
+        self.uses.append(Use(found[0], form, out, 0, results=results, tokens=tokens.detach().reshape(-1)))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = F.linear(x, weight, bias)
@@ -278,6 +274,14 @@ def _open(func: Any) -> Any:
     made = types.FunctionType(func.__code__, seen, func.__name__, func.__defaults__, func.__closure__)
     made.__kwdefaults__ = func.__kwdefaults__
     return made
+
+
+def arguments(name: str, args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a linear layer or a convolution was called with, by torch's names; None for what was not given."""
+    names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
+    if name in TRANSPOSED:
+        names[5:] = ["output_padding", "groups", "dilation"]
+    return dict(zip(names, _bound(names, args, given), strict=True))
 
 
 def _bound(names: Sequence[str], args: Any, given: Mapping[str, Any]) -> list[Any]:

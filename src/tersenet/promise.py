@@ -28,7 +28,7 @@ from tersenet.recipe import (
     run,
 )
 from tersenet.stages.budget import to_drop, to_size
-from tersenet.stages.folding import folded, refolded
+from tersenet.stages.folding import refolded
 from tersenet.stages.gathering import gather
 from tersenet.task import Task, duplicate, one_thread
 
@@ -186,13 +186,12 @@ def output_errors(artifact: Artifact, task: Task, count: int = 256) -> dict[str,
     batches = task.calibration(count)
     with one_thread():
         known = moments(task, draft.module(), batches, Likelihood.of(task), labels=1)
-    both, dense, errors = (draft, folded(draft, task, batches[:1])[0]), artifact.unpack(), dict[str, float]()
+    originals, dense, errors = refolded(draft.tensors, artifact), artifact.unpack(), dict[str, float]()
     for name, found in known.items():
         if name not in dense or not found.means.any():
             continue
-        originals = [found.form.matrix(dense_array(one.tensors[name]).astype(np.float64)) for one in both]
+        original = found.form.matrix(dense_array(originals[name]).astype(np.float64))
         stored = found.form.matrix(dense[name].astype(np.float64))
-        original = min(originals, key=lambda w: float(np.square(stored - w).sum()))
         lost, whole = (_energy(e, found.inputs.numpy()) for e in (stored - original, original))
         errors[name] = math.sqrt(max(lost, 0) / whole) if whole > 0 else 0.0
     return errors

@@ -28,6 +28,7 @@ from tersenet.task import Task, duplicate
 FORMAT = 2  # of what is kept between runs: raise it when a stage's meaning changes
 KEPT = "dense: no stage packed it"
 BUFFER = "dense: a buffer, kept bit for bit"
+PRECISION = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 NOT_FINITE = "dense: NaN or infinite values"
 EIGHT_BITS = "dense: 8-bit floats, kept bit for bit"
 # Last parts of the names of what is no weight, for arrays that come without their module.
@@ -338,6 +339,18 @@ def round_leaves(tree: Tree, dtype: str = "float16") -> Tree:
         return torch.from_numpy(np.array(array)).to(getattr(torch, dtype)).to(torch.float32).numpy()
 
     return map_arrays(tree, change)
+
+
+def precise(values: Array, dtype: str = "float16") -> Array:
+    """Values as float32, rounded to a narrower type where each keeps the relative precision of its mantissa.
+
+    Values too small or too large for the type do not.
+    """
+    single = np.asarray(values, np.float32)
+    rounded = np.asarray(round_leaves(single, dtype))
+    with np.errstate(invalid="ignore"):
+        keeps = np.abs(rounded - single) <= PRECISION[dtype] * np.abs(single)
+    return rounded if bool(keeps.all()) else single
 
 
 def dense_array(tensor: Tensor) -> Array:

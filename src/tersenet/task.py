@@ -22,7 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersenet.data import Arrays, Batch, Data, Split, chunked, is_pair, mapped, samples, seeded, split_of, tensors
+from tersenet.data import (
+    Arrays,
+    Batch,
+    Data,
+    Split,
+    chunked,
+    is_pair,
+    mapped,
+    reachable,
+    samples,
+    seeded,
+    split_of,
+    tensors,
+)
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -264,7 +277,7 @@ class Task:
             found = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
         if isinstance(found, Tensor):
             return found
-        first = tensors(found) or tensors(list(vars(found).values()) if hasattr(found, "__dict__") else [])
+        first = reachable(found)
         if not first:
             raise ValueError(f"the model returns {type(found).__name__}: give Task(forward=...) that picks a tensor")
         return first[0]

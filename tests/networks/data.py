@@ -12,6 +12,15 @@ from networks.layers import convolved, pooled
 from networks.zoo import LEARNT, TEST, TRAIN, labelled, latents, learnt, less, network, part, task, taught, worded
 
 
+def resized(net, size):
+    """The network with hidden channels so many times as large, undone by the next layer: ReLU does not mind."""
+    with torch.no_grad():
+        net[0].weight *= size[:, None]
+        net[0].bias *= size
+        net[2].weight /= size
+    return net
+
+
 def perceptron(inputs=24, outputs=4, hidden=72):
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from networks.attention import Encoder, Language, chained, padded, perplexity, words_lost
-from networks.data import perceptron
+from networks.data import perceptron, resized
 from networks.layers import convolved, pooled
 from networks.recurrent import Recurrent, series
 from networks.zoo import labelled, network, task
@@ -52,11 +52,7 @@ def causal_transformer_without_data():
 def rows_of_all_sizes_without_data():
     """Rows from 1e-4 to 1, which a layer after them makes equal again."""
     one = task(perceptron(), labelled(24))
-    with torch.no_grad():
-        size = torch.logspace(-4, 0, 72)
-        one.model[0].weight *= size[:, None]
-        one.model[0].bias *= size
-        one.model[2].weight /= size
+    resized(one.model, torch.logspace(-4, 0, 72))
     return one
 
 

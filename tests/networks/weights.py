@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tersenet as tn
-from networks.data import perceptron
+from networks.data import perceptron, resized
 from networks.layers import convolved, pooled
 from networks.zoo import labelled, latents, learnt, less, network, task, taught
 
@@ -157,9 +157,5 @@ def the_same_twice():
 def rows_of_all_sizes():
     """Channels from a thousandth to a thousand times as large, undone by the next layer (ReLU does not mind)."""
     one = task(perceptron(), labelled(24))
-    with torch.no_grad():
-        size = torch.logspace(-3, 3, 72)
-        one.model[0].weight *= size[:, None]
-        one.model[0].bias *= size
-        one.model[2].weight /= size
+    resized(one.model, torch.logspace(-3, 3, 72))
     return one

@@ -151,10 +151,11 @@ def to_drop(gathered: Gathered, points: float, task: Task, coding: Coding | None
         alike = likelihood.difference(wanted, outputs(task, model, gathered.held)) <= most
         return alike and 100 * task.metric.gain(after, before) >= -points
 
-    begun = _coarsest(prepare(gathered), keeps)
+    first = prepare(gathered)
+    begun = _coarsest(first, keeps)
     if begun is None:
         return without_loss(gathered)
-    gathered = weighed(gathered, prepare(gathered), begun[1])
+    gathered = weighed(gathered, first, begun[1])
     tried = progress(DAMPINGS, "quantizing", len(DAMPINGS))
     found = [begun, *(_coarsest(prepare(gathered, damping), keeps) for damping in tried)]
     drafts = [one[0] for one in found if one] + [without_loss(gathered)]

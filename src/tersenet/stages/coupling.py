@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tersenet.data import samples
+from tersenet.data import reachable, samples, tensors
 from tersenet.task import Task
 
 KNOWN = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)  # layers that `channels.small` can shrink
@@ -121,10 +121,10 @@ class _Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         given = dict(kwargs or {})
-        before = [self.labels.get(id(t)) for t in _tensors((args, given))]  # in-place functions change their input
+        before = [self.labels.get(id(t)) for t in tensors((args, given))]  # in-place functions change their input
         result = func(*args, **given)
-        if _tensors(result):
-            self.reads.update(self.names[id(t)] for t in _tensors((args, given)) if id(t) in self.names)
+        if tensors(result):
+            self.reads.update(self.names[id(t)] for t in tensors((args, given)) if id(t) in self.names)
         if isinstance(result, Tensor):
             self.alive.append((result, args, given))
             labels = self._handed(getattr(func, "__name__", ""), args, given, result, before)
@@ -135,14 +135,12 @@ class _Tracer(TorchFunctionMode):
                 self.labels[id(result)] = labels
             else:
                 self.found.frozen.update(labels)
-        elif any(isinstance(part, Tensor) for part in _tensors(result)):
+        elif tensors(result):
             self.freeze((args, given))
         return result
 
     def freeze(self, things: Any) -> None:
-        for tensor in _tensors(
-            things if isinstance(things, Iterable) else list(getattr(things, "__dict__", {}).values())
-        ):
+        for tensor in reachable(things):
             self.found.frozen.update(self.labels.get(id(tensor), ()))
 
     def _handed(self, name: str, args: Any, given: Any, out: Tensor, before: list[Any]) -> tuple[int, ...] | None:
@@ -153,7 +151,7 @@ class _Tracer(TorchFunctionMode):
         if mine is None:
             return None if any(before) else ()
         if name in ("batch_norm", "instance_norm"):
-            own = [self.names[id(p)] for p in _tensors((args[3:], given)) if id(p) in self.names]
+            own = [self.names[id(p)] for p in tensors((args[3:], given)) if id(p) in self.names]
             self.found.axes |= dict.fromkeys([(one, 0) for one in own], mine)
             return mine if any(one.endswith("weight") for one in own) else None  # a scale of 0 makes its channel 0
         if name == "prelu" and args[1].numel() > 1:
@@ -215,13 +213,3 @@ class _Tracer(TorchFunctionMode):
         grouped = groups > 1 and not depthwise
         self.found.uses[known] = Use(rows, columns, depthwise, work // groups if grouped else work)
         return rows
-
-
-def _tensors(things: Any) -> list[Tensor]:
-    if isinstance(things, Tensor):
-        return [things]
-    if isinstance(things, Mapping):
-        things = things.values()
-    if isinstance(things, Iterable) and not isinstance(things, str | bytes):
-        return [tensor for part in things for tensor in _tensors(part)]
-    return []

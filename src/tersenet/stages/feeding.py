@@ -12,12 +12,12 @@ from torch import Tensor as Array
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tersenet.data import tensors
+from tersenet.data import reachable, tensors
+from tersenet.operations import CONVOLUTIONS, TRANSPOSED, arguments
 from tersenet.task import Task
 
 STATISTICS = ("running_mean", "running_var")
-LAYERS = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}
-BACKWARDS = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
+LAYERS = {"linear": 0, **CONVOLUTIONS, **TRANSPOSED}  # axes of their kernels
 # Functions that see a tensor's form and none of its values, where they give no tensor.
 FORMAL = {
     "__get__", "dim", "size", "numel", "stride", "ndimension", "nelement", "__len__", "is_floating_point", "is_complex",
@@ -95,18 +95,13 @@ class Reads(TorchFunctionMode):
             self.left((args, given))
         if func is F.batch_norm:
             self._norm(args, given, out)
-        elif name in LAYERS or name in BACKWARDS:
+        elif name in LAYERS:
             self._layer(name, args, given, out)
         return out
 
     def left(self, things: Any) -> None:
         """Count tensors that are read, or that others may read when the pass is over."""
-        plain = (
-            things
-            if isinstance(things, Array | Mapping | tuple | list)
-            else list(getattr(things, "__dict__", {}).values())
-        )
-        for tensor in tensors(plain):
+        for tensor in reachable(things):
             if (result := self._result(tensor)) is not None:
                 result.reads += 1
 
@@ -115,16 +110,13 @@ class Reads(TorchFunctionMode):
         return found if found is not None and found.tensor() is tensor else None
 
     def _layer(self, name: str, args: Any, given: Any, out: Array) -> None:
-        names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
-        if name in BACKWARDS:
-            names[5:] = ["output_padding", "groups"]
-        bound = {**dict(zip(names, args, strict=False)), **given}
-        weight, bias = (self.names.get(id(bound.get(part))) for part in ("weight", "bias"))
-        dims = (LAYERS | BACKWARDS)[name]
+        bound = arguments(name, args, given)
+        weight, bias = (self.names.get(id(bound[part])) for part in ("weight", "bias"))
+        dims = LAYERS[name]
         if weight is None or out.dim() != dims + 2:
             return
-        groups = int(bound.get("groups", 1)) if name in BACKWARDS else 0
-        wanted = Pair("", weight).bias if bound.get("bias") is not None else None
+        groups = int(bound["groups"] or 1) if name in TRANSPOSED else 0
+        wanted = Pair("", weight).bias if bound["bias"] is not None else None
         if bias == wanted and (bias is not None or Pair("", weight).bias not in self.names.values()):
             self.made[id(out)] = result = _Result(weakref.ref(out), self.turn, weight, groups)
             self.all.append(result)

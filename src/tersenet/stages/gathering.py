@@ -22,12 +22,8 @@ if TYPE_CHECKING:
     from tersenet.stages.waterfill import Layer, Prepared
 
 HELD = 5  # of so many batches one is not among those that moments are made of
-PROBED = (
-    64,
-    256,
-    1 << 23,
-    1 << 14,
-)  # samples on which a layer's errors are seen: least, most, their numbers, all layers'
+# Samples on which a layer's errors are seen: least, most, as many as hold so many numbers, and for all layers together.
+PROBED = 64, 256, 1 << 23, 1 << 14
 Halves = tuple[Moments, Moments]
 
 

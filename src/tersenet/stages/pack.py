@@ -8,8 +8,8 @@ import numpy as np
 from tersenet.artifact import Tensor
 from tersenet.methods import Method, repack
 from tersenet.methods.kmeans import KMeans
-from tersenet.packed import Array, Packed, Tree, float_leaves
-from tersenet.recipe import Draft, round_leaves
+from tersenet.packed import Packed, Tree, float_leaves
+from tersenet.recipe import Draft, precise, round_leaves
 from tersenet.task import Task
 
 SMALL = "dense: smaller than its codebook"
@@ -66,17 +66,9 @@ class Narrow:
         renewed: dict[int, Tensor] = {}
         for name, tensor in draft.tensors.items():
             if name in draft.trainable and tensor.dtype == "float32":
-                tree = round_leaves(tensor.tree, self.dtype)
-                vector = len(tree.shape) < 2 and not isinstance(tree, Packed)
-                if vector and not _precise(np.asarray(tree), np.asarray(tensor.tree), self.dtype):
-                    continue
+                vector = len(tensor.tree.shape) < 2 and not isinstance(tensor.tree, Packed)
+                tree = (precise if vector else round_leaves)(tensor.tree, self.dtype)
                 if not all(np.isfinite(np.asarray(leaf)).all() for leaf in float_leaves(tree).values()):
                     raise ValueError(f"{name}: values too large for {self.dtype}; use bfloat16 or leave Narrow out")
                 renewed.setdefault(id(tensor), replace(tensor, tree=tree))
         return replace(draft, tensors={n: renewed.get(id(t), t) for n, t in draft.tensors.items()})
-
-
-def _precise(rounded: Array, values: Array, dtype: str) -> bool:
-    """Whether every value keeps the relative precision of the type's mantissa: those too small or large do not."""
-    least = 2.0**-11 if dtype == "float16" else 2.0**-8
-    return bool((np.abs(rounded - values) <= least * np.abs(values)).all())

@@ -25,7 +25,7 @@ from tersenet.methods.shrinkage import factored, shrunk
 from tersenet.methods.transform import spatial
 from tersenet.operations import Form
 from tersenet.packed import Array, Packed, Reshaped, Sparse, Tree, Uniform, kernel_dct, narrowed
-from tersenet.recipe import Draft, dense_array
+from tersenet.recipe import Draft, dense_array, precise
 from tersenet.stages.gathering import Gathered, Halves, gather, weighed
 from tersenet.stages.lossless import Lossless, entropy
 from tersenet.task import Task, one_thread, spread
@@ -213,16 +213,6 @@ def rounded(values: Array, step: float) -> Tree:
     return Uniform(narrowed(q.astype(np.int32)), np.array(step, np.float32))
 
 
-def precise(values: Array) -> Array:
-    """Values as float32, rounded to float16 where each keeps a relative precision of 2^-11."""
-    values = np.asarray(values)
-    single = values.astype(np.float32)
-    with np.errstate(over="ignore"):
-        half = single.astype(np.float16).astype(np.float32)
-    keeps = np.abs(half - single) <= 2.0**-11 * np.abs(single)
-    return half if bool(keeps.all()) else single
-
-
 def prepare(gathered: Gathered, damping: Damping | None = None, aware: bool = True, hold: bool = True) -> Prepared:
     """Shrink, damp and factor the moments of every layer; without `aware` none is used, as if there were no data.
 
@@ -248,10 +238,10 @@ def prepare(gathered: Gathered, damping: Damping | None = None, aware: bool = Tr
             mean = sum(_mean_diagonal(half.outputs) for half in one) / 2
             worth = gathered.worth.get(layer.name, 1.0)
             shifts[layer.bias] = 0.5 / math.sqrt((1 + damping.rows) * worth * mean) if mean > 0 else 0.0
+    done = {layer.name for layer in layers} | set(shifts)
     for name in sorted(draft.trainable & set(draft.tensors)):
         tree, size = draft.tensors[name].tree, math.prod(draft.tensors[name].tree.shape)
         few = len(tree.shape) < 2 or size < SMALL
-        done = {layer.name for layer in layers} | set(shifts)
         if few and not isinstance(tree, Packed) and draft.tensors[name].dtype == "float32" and name not in done:
             trees[name] = precise(tree)
     return Prepared(draft.with_trees(trees), layers, shifts, gathered.lossless)
@@ -333,10 +323,21 @@ def _extremes(w: Array, axis: int) -> torch.Tensor:
 
 def _scaled(blocks: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Moments [groups, k, b, b] of coordinates that are multiplied by sizes [groups, m]."""
-    groups, count, width, _ = blocks.shape
-    padded = torch.nn.functional.pad(sizes, (0, count * width - sizes.shape[1]), value=1.0)
-    padded = padded.reshape(groups, count, width)
+    padded = _in_blocks(sizes, blocks, 1.0)
     return blocks * padded[..., :, None] * padded[..., None, :]
+
+
+def _factors(moments: torch.Tensor, like: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Factors [groups * k, b, b] of moments whose coordinates were multiplied by sizes, as if they were not."""
+    factor = factored(moments).reshape(*like.shape)
+    return (factor / _in_blocks(sizes, factor, 1.0)[..., None]).flatten(0, 1)
+
+
+def _in_blocks(values: torch.Tensor, blocks: torch.Tensor, rest: float) -> torch.Tensor:
+    """Values [groups, n] as [groups, k, b], like the coordinates of blocks [groups, k, b, b]; `rest` past the end."""
+    groups, count, width, _ = blocks.shape
+    padded = torch.nn.functional.pad(values, (0, count * width - values.shape[1]), value=rest)
+    return padded.reshape(groups, count, width)
 
 
 def _inputs(known: Halves, damping: Damping, centred: bool, turn: torch.Tensor, w: Array) -> torch.Tensor:
@@ -355,18 +356,14 @@ def _inputs(known: Halves, damping: Damping, centred: bool, turn: torch.Tensor, 
     mean = a.diagonal(dim1=1, dim2=2).mean(1)
     few = UNSURE * max(0.0, 1 - sum(half.positions for half in known) / ENOUGH)
     more = max(damping.inputs, few) * (mean + 1e-3 * mean.mean()) + 1e-9 * whole
-    factor = factored(a + more[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype))
-    blocks = factor.reshape(*known[0].inputs.shape)
-    padded = torch.nn.functional.pad(sizes, (0, blocks.shape[1] * blocks.shape[2] - sizes.shape[1]), value=1.0)
-    return (blocks / padded.reshape(*blocks.shape[:3], 1)).flatten(0, 1)
+    return _factors(a + more[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype), known[0].inputs, sizes)
 
 
 def _turned(known: Moments, centred: bool, turn: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     a, k = known.inputs, len(turn)
     groups, count, width, _ = a.shape
     if centred:
-        means = torch.nn.functional.pad(known.means, (0, count * width - known.means.shape[1]))
-        means = means.reshape(groups, count, width)
+        means = _in_blocks(known.means, a, 0.0)
         a = a - means[..., :, None] * means[..., None, :]
     a = a.reshape(groups * count, width // k, k, width // k, k)
     a = torch.einsum("pk,gikjl,ql->gipjq", turn, a, turn).reshape(groups, count, width, width)
@@ -379,9 +376,7 @@ def _outputs(known: Halves, damping: Damping, w: Array) -> torch.Tensor:
     halves = [_scaled(half.outputs, sizes) for half in known]
     g = shrunk(halves[0].flatten(0, 1), halves[1].flatten(0, 1), shared=True)
     level = sum(map(_mean_diagonal, halves)) / 2
-    blocks = factored(g + damping.rows * level * torch.eye(g.shape[1], dtype=g.dtype)).reshape(*halves[0].shape)
-    padded = torch.nn.functional.pad(sizes, (0, blocks.shape[1] * blocks.shape[2] - sizes.shape[1]), value=1.0)
-    return (blocks / padded.reshape(*blocks.shape[:3], 1)).flatten(0, 1)
+    return _factors(g + damping.rows * level * torch.eye(g.shape[1], dtype=g.dtype), halves[0], sizes)
 
 
 def _band(blocks: torch.Tensor, groups: int, n: int) -> Array:
