@@ -13,19 +13,20 @@ from ptq import task_of
 from table import write
 
 from tersenet.artifact import Coding, load
+from tersenet.draft import Draft, artifact_of, dense_array
 from tersenet.methods.feedback import diagonal, levels, paths
-from tersenet.recipe import Draft, artifact_of, dense_array
-from tersenet.stages import waterfill
-from tersenet.stages.budget import QUICK, Search
-from tersenet.stages.gathering import gather, outputs, weighed
-from tersenet.stages.waterfill import Prepared, prepare
+from tersenet.waterfilling import factors, layers
+from tersenet.waterfilling.knowledge import Knowledge, outputs
+from tersenet.waterfilling.layers import Waterfilling
+from tersenet.waterfilling.search import QUICK, Search
+from tersenet.waterfilling.sensitivity import with_sensitivities
 
 SIZES = {"resnet20": 66_000, "mobilenetv2": 1_600_000}
 STATIC = Coding(("bits", "huffman", "rans"))
 
 
-class Parts(Prepared):
-    """`Prepared` with parts of it switched off."""
+class Parts(Waterfilling):
+    """`Waterfilling` with parts of it switched off."""
 
     feedback = steps = biased = trellis = True
 
@@ -33,7 +34,7 @@ class Parts(Prepared):
         trees = {}
         biases = {n: dense_array(self.draft.tensors[n]).astype(np.float64) for n in self.shifts}
         for layer in self.layers:
-            steps = waterfill.waterfilled(layer.metric, c, int(np.prod(layer.form.kernel)), layer.weight.shape)
+            steps = layers.waterfilled(layer.metric, c, int(np.prod(layer.form.kernel)), layer.weight.shape)
             if not self.steps:  # the step of the middle column and row everywhere
                 middle = float(np.exp(np.log(steps.dense()).mean()))
                 zeros = [np.zeros_like(part) for part in (steps.rows, steps.channels, steps.places)]
@@ -47,18 +48,18 @@ class Parts(Prepared):
             if self.biased and layer.bias is not None:
                 error = layer.weight - q * steps.dense()
                 biases[layer.bias] += (error @ layer.means[..., None]).reshape(-1)
-        trees |= {name: waterfill.rounded(biases[name], c * unit) for name, unit in self.shifts.items()}
+        trees |= {name: layers.rounded(biases[name], c * unit) for name, unit in self.shifts.items()}
         return self.draft.with_trees(trees)
 
 
-def without(prepared, *parts, layers=None):
-    made = Parts(prepared.draft, layers or prepared.layers, prepared.shifts)
+def without(waterfilling, *parts, layers=None):
+    made = Parts(waterfilling.draft, layers or waterfilling.layers, waterfilling.shifts)
     for part in parts:
         object.__setattr__(made, part, False)
     return made
 
 
-def relative(prepared):
+def relative(waterfilling):
     """The layers with metrics that know no gradients: equal relative errors of every layer's outputs."""
 
     def alone(layer):
@@ -66,22 +67,22 @@ def relative(prepared):
         rows = np.full((*layer.weight.shape[:2], 1), power**-0.5)
         return replace(layer, metric=replace(layer.metric, outputs=rows))
 
-    return [alone(layer) for layer in prepared.layers]
+    return [alone(layer) for layer in waterfilling.layers]
 
 
-def columns_only(prepared):
-    metrics = [replace(layer.metric, outputs=layer.metric.rows()[..., None]) for layer in prepared.layers]
-    return [replace(layer, metric=metric) for layer, metric in zip(prepared.layers, metrics, strict=True)]
+def columns_only(waterfilling):
+    metrics = [replace(layer.metric, outputs=layer.metric.rows()[..., None]) for layer in waterfilling.layers]
+    return [replace(layer, metric=metric) for layer, metric in zip(waterfilling.layers, metrics, strict=True)]
 
 
-def variants(gathered, weigh):
-    """(label, prepared, rate, coding) from the plainest to all parts."""
-    whole, shrunk = prepare(gathered), waterfill.shrunk
-    waterfill.shrunk = lambda one, other, shared=False: (one + other) / 2
-    full = prepare(gathered)
-    spatial, waterfill.spatial = waterfill.spatial, lambda shape: False
-    untransformed = prepare(gathered)
-    waterfill.spatial, waterfill.shrunk = spatial, shrunk
+def variants(knowledge, weigh):
+    """(label, waterfilling, rate, coding) from the plainest to all parts."""
+    whole, shrunk = Waterfilling.of(knowledge), factors.shrunk
+    factors.shrunk = lambda one, other, shared=False: (one + other) / 2
+    full = Waterfilling.of(knowledge)
+    spatial, layers.spatial = layers.spatial, lambda shape: False
+    untransformed = Waterfilling.of(knowledge)
+    layers.spatial, factors.shrunk = spatial, shrunk
 
     flat, dct = relative(untransformed), relative(full)
     plain, scalar = ("biased", "trellis"), ("trellis",)
@@ -101,7 +102,7 @@ def variants(gathered, weigh):
     yield "+ error feedback over rows", without(full, *scalar), 0.5, QUICK
     yield "+ moments shrunk as far as their halves disagree", without(whole, *scalar), 0.5, QUICK
     yield "+ trellis", whole, 0.5, QUICK
-    yield "+ layers weighed by what their errors cost", prepare(weigh(gathered, whole)), 0.5, QUICK
+    yield "+ layers weighed by what their errors cost", Waterfilling.of(weigh(knowledge, whole)), 0.5, QUICK
 
 
 def divergence(wanted, found):
@@ -118,9 +119,9 @@ def measure(name):
     task, most = task_of(name), SIZES[name]
     x = task.test[0]
     state = {n: t.clone() for n, t in task.model.state_dict().items()}
-    gathered = gather(Draft.of_model(task.model), task)
+    knowledge = Knowledge.of(Draft.of_model(task.model), task)
     batches = list(x.split(100))
-    wanted = said(task, gathered.draft, batches)
+    wanted = said(task, knowledge.draft, batches)
     search = Search(most, QUICK)
 
     def row(label, draft, size):
@@ -132,9 +133,11 @@ def measure(name):
         print(made, flush=True)
         return made
 
-    for label, prepared, rate, coding in variants(gathered, lambda known, first: weighed(known, first, search.c)):
+    for label, waterfilling, rate, coding in variants(
+        knowledge, lambda known, first: with_sensitivities(known, first, search.c)
+    ):
         search.coding = coding
-        yield row(label, *search.met(prepared, rate))
+        yield row(label, *search.finest(waterfilling, rate))
 
 
 if __name__ == "__main__":

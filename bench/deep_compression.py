@@ -14,7 +14,8 @@ from table import real_data, write
 
 import tersenet as tn
 from tersenet.artifact import Artifact, load
-from tersenet.recipe import Draft, artifact_of, run
+from tersenet.draft import Draft, artifact_of
+from tersenet.run import run
 
 SEED = 0
 PAPER = {"lenet300": 27_000, "lenet5": 44_000}  # bytes; Han, Mao, Dally 2016, tables 1, 2 and 3

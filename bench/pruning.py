@@ -25,18 +25,19 @@ from table import ROOT, real_data, write
 import tersenet as tn
 from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.artifact import load
+from tersenet.draft import Draft, artifact_of
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import unpack
 from tersenet.papers import mlprune
-from tersenet.recipe import Draft, artifact_of, cache_folder, run
-from tersenet.stages.budget import to_size
+from tersenet.run import cache_folder, run
 from tersenet.stages.channels import Channels, SearchChannels, small
-from tersenet.stages.coupling import Coupling
 from tersenet.stages.finetune import Finetune, TrainLevels
-from tersenet.stages.gathering import gather
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.tracing.coupling import Coupling
+from tersenet.waterfilling.knowledge import Knowledge
+from tersenet.waterfilling.search import to_size
 
 DATASETS, MODELS = real_data()
 BITS = tn.Coding(("bits",))
@@ -197,12 +198,12 @@ def resnet_file(size: int = 51_700):
         return {**row, "seconds": round(time.monotonic() - began, 1)}
 
     began = time.monotonic()
-    rows = [row(f"{quantized}, without retraining", to_size(gather(dense, few), size), began)]
+    rows = [row(f"{quantized}, without retraining", to_size(Knowledge.of(dense, few), size), began)]
     yield rows
     began = time.monotonic()
     draft = run(dense, task, (Prune(0.25, 2, 4, final=54),), cache_folder(), lambda row: print(row, flush=True))
     rows.append(row("learning-rate rewinding, 58 epochs", draft, began))
-    draft = to_size(gather(draft, few), size)
+    draft = to_size(Knowledge.of(draft, few), size)
     rows.append(row(f"learning-rate rewinding, then {quantized}", draft, began))
     draft = TrainLevels(4, 2e-3)(draft, task)
     rows.append(row(f"learning-rate rewinding, then {quantized}, levels trained for 4 epochs", draft, began))

@@ -22,12 +22,12 @@ from table import ROOT, in_rounds, real_data, write
 import tersenet as tn
 from tersenet.artifact import load
 from tersenet.calibrate import moments
+from tersenet.draft import Draft, artifact_of
 from tersenet.likelihood import Likelihood
 from tersenet.methods.feedback import Metric, levels
 from tersenet.methods.kmeans import KMeans
-from tersenet.recipe import Draft, artifact_of
-from tersenet.stages.budget import to_size
-from tersenet.stages.gathering import gather
+from tersenet.waterfilling.knowledge import Knowledge
+from tersenet.waterfilling.search import to_size
 
 DATA = {"lenet300": "mnist", "lenet5": "mnist", "resnet20": "cifar10", "resnet56": "cifar10"}
 SIZES = {  # bytes to be met, spanning what the ISO codec needs at the same accuracy
@@ -75,12 +75,12 @@ class Bench:
     def ours(self) -> None:
         self.task.model.load_state_dict(self.state)
         began = time.monotonic()
-        gathered = gather(Draft.of_model(self.task.model), self.task)
+        knowledge = Knowledge.of(Draft.of_model(self.task.model), self.task)
         gathering = time.monotonic() - began
         files = []
         for size in SIZES[self.name]:
             began = time.monotonic()
-            data = artifact_of(to_size(gathered, size)).to_bytes()
+            data = artifact_of(to_size(knowledge, size)).to_bytes()
             seconds = gathering + time.monotonic() - began
             files.append(data)
             self.row("tersenet", len(data), load(data).unpack(), asked=size, seconds=round(seconds, 1))

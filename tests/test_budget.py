@@ -9,9 +9,9 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.artifact import Tensor, load
+from tersenet.draft import precise
 from tersenet.promise import verify
-from tersenet.recipe import precise
-from tersenet.stages.lossless import lossless
+from tersenet.waterfilling.lossless import lossless
 
 
 def error(artifact, state):

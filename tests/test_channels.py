@@ -17,14 +17,14 @@ from torch import nn
 import tersenet as tn
 from tersenet.allocators.amc import AMC, Problem, RandomSearch, walled
 from tersenet.artifact import load
+from tersenet.draft import Draft, artifact_of
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import Sliced, unpack
-from tersenet.recipe import Draft, artifact_of
 from tersenet.stages.channels import Channels, DropDead, Plan, SearchChannels, small
-from tersenet.stages.coupling import Coupling
 from tersenet.stages.pack import Pack
 from tersenet.stages.prune import Prune, Retrain
 from tersenet.task import Metric
+from tersenet.tracing.coupling import Coupling
 
 
 class Branches(nn.Module):

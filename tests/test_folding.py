@@ -13,11 +13,12 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.artifact import errors_against, load
+from tersenet.draft import Draft, artifact_of
+from tersenet.folding import feeders, folded, folded_norms, refolded
 from tersenet.packed import Sparse
-from tersenet.recipe import Draft, artifact_of, run
+from tersenet.run import run
 from tersenet.stages.channels import Channels
 from tersenet.stages.finetune import Finetune, TrainLevels
-from tersenet.stages.folding import feeders, folded, folded_norms, refolded
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow
 from tersenet.stages.prune import Prune, Retrain

@@ -9,23 +9,26 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "", "data": "", "recurrent": "", "operations": "recurrent", "native": "", "information": "",
+    "packed": "", "data": "", "budget": "", "tracing": "task data", "native": "", "information": "",
     "task": "data", "likelihood": "task data", "allocators": "task",
     "codecs": "native", "container": "packed codecs",
     "norms": "container", "artifact": "container packed codecs norms", "methods": "packed native codecs",
-    "calibrate": "task data likelihood operations",
-    "recipe": "packed task artifact norms",
-    "stages": "recipe methods calibrate packed task artifact allocators data likelihood operations norms",
-    "papers": "stages methods allocators recipe",
-    "promise": "artifact calibrate likelihood packed papers recipe stages task",
-    "recipe_file": "papers stages methods recipe",
+    "calibrate": "task data likelihood tracing",
+    "draft": "packed task artifact norms", "run": "draft task artifact",
+    "folding": "draft norms packed artifact task tracing",
+    "waterfilling": "draft folding methods calibrate packed task artifact allocators data likelihood tracing",
+    "stages": "waterfilling draft run folding methods calibrate packed task artifact allocators data likelihood tracing"
+              " norms",
+    "papers": "stages methods allocators run",
+    "promise": "artifact budget calibrate draft folding likelihood packed papers run stages task waterfilling",
+    "recipe_file": "papers stages methods run",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact",
-    "cli": "sources papers report runtime recipe artifact codecs promise recipe_file",
-    "__init__": "artifact codecs recipe task promise papers",
+    "cli": "sources papers report runtime run budget draft artifact codecs promise recipe_file",
+    "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
-TORCH = {"allocators", "methods", "calibrate", "task", "recipe", "stages", "promise", "threelc", "information",
-         "norms", "data", "likelihood", "operations", "recurrent"}  # fmt: skip
+TORCH = {"allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling", "tracing", "stages",
+         "promise", "threelc", "information", "norms", "data", "likelihood"}  # fmt: skip
 
 
 def imports(file: Path):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tersenet.operations import Watch
+from tersenet.tracing.operations import Watch
 
 
 def runs_alike(model, *inputs, **named):

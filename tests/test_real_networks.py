@@ -5,7 +5,8 @@ import torch
 
 import tersenet as tn
 from tersenet.artifact import load
-from tersenet.recipe import Budget, Draft, artifact_of
+from tersenet.budget import Budget
+from tersenet.draft import Draft, artifact_of
 from tersenet.stages.obs import OBS
 from tersenet.stages.prune import Prune
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tersenet.artifact import load
-from tersenet.recipe import Draft, artifact_of
+from tersenet.draft import Draft, artifact_of
 from tersenet.sources import IN_FOLDERS, read
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -10,11 +10,13 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.artifact import Artifact, load
+from tersenet.budget import Budget, PromiseBroken, parse_size
+from tersenet.draft import Draft, artifact_of
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Sparse, unpack
 from tersenet.promise import compress
-from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of, parse_size, run
+from tersenet.run import run
 from tersenet.stages.channels import Channels, DropDead
 from tersenet.stages.finetune import Finetune, tune
 from tersenet.stages.obs import OBS

@@ -13,16 +13,16 @@ from torch import nn
 
 import tersenet as tn
 from tersenet import calibrate, native
+from tersenet.draft import Draft, artifact_of
 from tersenet.methods.sparse import largest
 from tersenet.methods.surgeon import SparseGPT, refitted, removals, swept
-from tersenet.operations import Form
 from tersenet.packed import Sparse, unpack
-from tersenet.recipe import Draft, artifact_of
 from tersenet.stages.finetune import TrainLevels
 from tersenet.stages.obs import OBS, Layer
 from tersenet.stages.prune import Prune
 from tersenet.stages.waterfill import Waterfill
 from tersenet.task import soft_targets
+from tersenet.tracing.operations import Form
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_sparse_trees_are_what_pruning_makes(task):
 
 
 class Odd(nn.Module):
-    """Weights that lie in other ways than rows of inputs."""
+    """Weights that lie in other settings than rows of inputs."""
 
     def __init__(self):
         super().__init__()

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import tersenet as tn
 from tersenet.data import samples, split_of, tensors
+from tersenet.draft import Draft, artifact_of
 from tersenet.likelihood import Likelihood
-from tersenet.recipe import Draft, artifact_of
 from tersenet.stages.finetune import Finetune
 from tersenet.task import Metric
 

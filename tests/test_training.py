@@ -11,10 +11,10 @@ from torch.nn.utils import parametrizations
 
 import tersenet as tn
 from tersenet.artifact import load
+from tersenet.draft import Draft, artifact_of
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Sparse, unpack
-from tersenet.recipe import Draft, artifact_of
 from tersenet.stages.finetune import Finetune, TrainLevels
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack

@@ -11,20 +11,22 @@ from test_stages import Net, make_task
 from torch import nn
 
 import tersenet as tn
-from tersenet.allocators.lagrange import Lagrange, Option, from_below
+from tersenet.allocators.lagrange import Lagrange, Option, step_within
 from tersenet.artifact import Artifact, load
+from tersenet.budget import Budget, PromiseBroken
 from tersenet.calibrate import moments
+from tersenet.draft import Draft, artifact_of
+from tersenet.folding import folded
 from tersenet.likelihood import Likelihood
 from tersenet.methods.shrinkage import shrunk
 from tersenet.methods.transform import KernelDCT
 from tersenet.packed import Transformed, Uniform, unpack
 from tersenet.promise import compress, output_errors
-from tersenet.recipe import Budget, Draft, PromiseBroken, artifact_of
-from tersenet.stages.budget import to_size
-from tersenet.stages.folding import folded
-from tersenet.stages.gathering import gather, weighed
 from tersenet.stages.prune import Prune
-from tersenet.stages.waterfill import prepare, rounded
+from tersenet.waterfilling.knowledge import Knowledge
+from tersenet.waterfilling.layers import Waterfilling, rounded
+from tersenet.waterfilling.search import to_size
+from tersenet.waterfilling.sensitivity import with_sensitivities
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,9 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def gathered(task):
+def knowledge(task):
     own = replace(task, model=copy.deepcopy(task.model))
-    return gather(Draft.of_model(own.model), own, 256)
+    return Knowledge.of(Draft.of_model(own.model), own, 256)
 
 
 def test_moments_are_the_same_at_any_number_of_threads(task, monkeypatch):
@@ -52,12 +54,12 @@ def test_moments_are_the_same_at_any_number_of_threads(task, monkeypatch):
 
 def test_every_fifth_batch_is_held_back_from_the_moments(task):
     """What errors cost is seen on inputs that no level was chosen by."""
-    held = gather(Draft.of_model(task.model), task, 60).held
+    held = Knowledge.of(Draft.of_model(task.model), task, 60).held
     batches = task.calibration(60, 6)
     assert len(held) == 2 and all(torch.equal(one, batches[k]) for one, k in zip(held, (4, 9), strict=True))
     seen = [part for k, part in enumerate(batches) if k % 5 != 4]
     halves = [moments(task, task.model, seen[k::2], Likelihood.of(task), 16, k * len(seen)) for k in (0, 1)]
-    for name, found in gather(Draft.of_model(task.model), task, 60).found.items():
+    for name, found in Knowledge.of(Draft.of_model(task.model), task, 60).found.items():
         if name != "conv.weight":  # which is folded
             for one, other in zip(found, halves, strict=True):
                 assert torch.allclose(one.inputs, other[name].inputs, rtol=1e-3, atol=1e-6)
@@ -82,18 +84,18 @@ def test_recurrent_and_attention_weights_have_moments_and_are_quantized_by_them(
     torch.manual_seed(0)
     tokens = torch.randint(0, 40, (120, 12))
     task = tn.Task(Tagger(), (tokens, tokens.roll(1, 1)))
-    gathered = gather(Draft.of_model(task.model), task)
+    knowledge = Knowledge.of(Draft.of_model(task.model), task)
     free = {"attend.in_proj_weight", "attend.out_proj.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0"}
-    assert free | {"embed.weight"} == set(gathered.found)
-    assert gathered.biases["attend.in_proj_weight"] == "attend.in_proj_bias"
-    assert gathered.biases["rnn.weight_hh_l0"] == "rnn.bias_hh_l0" and "embed.weight" not in gathered.biases
+    assert free | {"embed.weight"} == set(knowledge.found)
+    assert knowledge.biases["attend.in_proj_weight"] == "attend.in_proj_bias"
+    assert knowledge.biases["rnn.weight_hh_l0"] == "rnn.bias_hh_l0" and "embed.weight" not in knowledge.biases
     for name in free:
-        known, _ = gathered.found[name]
+        known, _ = knowledge.found[name]
         assert torch.linalg.eigvalsh(known.inputs).min() > -1e-6 and known.outputs.diagonal(dim1=2, dim2=3).min() > 0
         assert known.outputs.shape[2:] == (len(task.model.get_parameter(name)),) * 2
-    assert gathered.found["embed.weight"][0].outputs.shape == (1, 40, 1, 1)  # looked up, and so by token
-    assert all(layer.metric.inputs is not None for layer in prepare(gathered).layers)
-    draft = to_size(gathered, 4_000)
+    assert knowledge.found["embed.weight"][0].outputs.shape == (1, 40, 1, 1)  # looked up, and so by token
+    assert all(layer.metric.inputs is not None for layer in Waterfilling.of(knowledge).layers)
+    draft = to_size(knowledge, 4_000)
     assert artifact_of(draft).nbytes <= 4_000
 
 
@@ -131,7 +133,7 @@ def test_constants_of_folded_norms_take_no_bytes_of_their_own():
 
 def test_what_was_pruned_stays_zero(task):
     pruned = Prune(0.3, 1, retrain="none")(Draft.of_model(copy.deepcopy(task.model)), task)
-    quantized = prepare(gather(pruned, task)).at(0.003)
+    quantized = Waterfilling.of(Knowledge.of(pruned, task)).at(0.003)
     for name in pruned.weights():
         mask, q = pruned.tensors[name].tree.mask, quantized.tensors[name].tree.q
         assert q[mask].any() and not q[~mask].any()
@@ -156,11 +158,11 @@ def test_folding_keeps_the_outputs_and_the_norms_become_constants(task):
     assert (unpack(draft.tensors["norm.weight"].tree) == 1).all()
 
 
-def test_a_finer_step_errs_less_and_takes_more(gathered, task):
-    prepared = prepare(gathered)
+def test_a_finer_step_errs_less_and_takes_more(knowledge, task):
+    waterfilling = Waterfilling.of(knowledge)
     sizes, errors = [], []
     for c in (0.02, 0.005, 0.001):
-        artifact = artifact_of(prepared.at(c), original=prepared.draft.tensors)
+        artifact = artifact_of(waterfilling.at(c), original=waterfilling.draft.tensors)
         sizes.append(artifact.nbytes)
         errors.append(artifact.tensors["first.weight"].error)
     assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
@@ -184,13 +186,13 @@ def test_a_drop_is_met_on_the_data_for_choosing(task):
     assert result.artifact.nbytes < 0.2 * 4 * 19_000
 
 
-def test_weighing_makes_up_for_moments_that_overrate_a_layer(gathered, task):
+def test_weighing_makes_up_for_moments_that_overrate_a_layer(knowledge, task):
     """What a layer's errors cost is seen at the outputs, so it does not matter what moments say of all of it."""
-    right = weighed(gathered, prepare(gathered), 0.002).worth
-    assert set(right) == {layer.name for layer in prepare(gathered).layers}
-    overrated = tuple(replace(half, outputs=8 * half.outputs) for half in gathered.found["last.weight"])
-    other = replace(gathered, found={**gathered.found, "last.weight": overrated})
-    wrong = weighed(other, prepare(other), 0.002).worth
+    right = with_sensitivities(knowledge, Waterfilling.of(knowledge), 0.002).sensitivity
+    assert set(right) == {layer.name for layer in Waterfilling.of(knowledge).layers}
+    overrated = tuple(replace(half, outputs=8 * half.outputs) for half in knowledge.found["last.weight"])
+    other = replace(knowledge, found={**knowledge.found, "last.weight": overrated})
+    wrong = with_sensitivities(other, Waterfilling.of(other), 0.002).sensitivity
     ratios = {name: right[name] / wrong[name] for name in right}
     assert 4 < ratios["last.weight"] / ratios["conv.weight"] < 16
 
@@ -221,7 +223,7 @@ def test_the_same_network_makes_the_same_file_at_any_number_of_threads(task, mon
         torch.set_num_threads(threads)
         monkeypatch.setattr("os.cpu_count", lambda threads=threads: threads)
         own = replace(task, model=copy.deepcopy(task.model))
-        draft = to_size(gather(Draft.of_model(own.model), own, 200), 8_000)
+        draft = to_size(Knowledge.of(Draft.of_model(own.model), own, 200), 8_000)
         found.add(artifact_of(draft).to_bytes())
     assert len(found) == 1
 
@@ -271,12 +273,12 @@ def test_the_search_for_a_step_ends_below_the_budget():
 
         if most < 800:
             with pytest.raises(ValueError, match="cannot be met"):
-                from_below(size_at, most, 0.01)
+                step_within(size_at, most, 0.01)
         else:
-            c = from_below(size_at, most, 0.01)
+            c = step_within(size_at, most, 0.01)
             assert 0.985 * most <= size_at(c) <= most and len(sizes) < 10
     for edge in (0.012, 0.3):  # sizes that hardly move and then jump
-        c = from_below(lambda c, edge=edge: 4_071 - int(10 * c) if c < edge else 3_900, 4_000, 0.01)
+        c = step_within(lambda c, edge=edge: 4_071 - int(10 * c) if c < edge else 3_900, 4_000, 0.01)
         assert edge <= c < 1.5 * edge
 
 

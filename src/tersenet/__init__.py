@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 _LATER = {
-    "Budget": "recipe",
+    "Budget": "budget",
     "Metric": "task",
     "Schedule": "task",
     "Task": "task",

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from tersenet.data import samples
 from tersenet.likelihood import Likelihood
-from tersenet.operations import Form, Use, Watch
 from tersenet.task import Task, duplicate, one_thread, progress, spread
+from tersenet.tracing.operations import Form, Use, Watch
 
 MOST = 1 << 23  # numbers in a moment: 64 MiB
 EXPANDED = 0.1  # how much of the other form's diagonal is added to the moments of a convolution's gradients

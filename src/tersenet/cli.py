@@ -51,8 +51,8 @@ def compress_command(
     """
     from dataclasses import replace
 
+    from tersenet.budget import Budget
     from tersenet.promise import compress
-    from tersenet.recipe import Budget
     from tersenet.recipe_file import find_recipe
 
     given = {"size": size, "ratio": ratio, "drop": drop}
@@ -200,7 +200,7 @@ def _task(path: Path) -> Any:
 
 
 def _with_state(task: Any, checkpoint: Checkpoint, source: Path) -> Any:
-    from tersenet.recipe import Draft, artifact_of
+    from tersenet.draft import Draft, artifact_of
 
     try:
         artifact_of(Draft.of_arrays(checkpoint.tensors)).into(task.model)

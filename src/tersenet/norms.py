@@ -1,6 +1,6 @@
 """Norms whose scale went into the layer before them: their statistics are constants, which training must not touch.
 
-`stages/folding.py` folds them and marks them by the note `FOLDED`, which travels through the file. In a module they are
+`folding.py` folds them and marks them by the note `FOLDED`, which travels through the file. In a module they are
 of a subclass that stays in evaluation form, so that training on does not normalise again.
 """
 

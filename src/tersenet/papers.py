@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from tersenet.allocators.amc import AMC
 from tersenet.methods.kmeans import KMeans
-from tersenet.recipe import Recipe, Stage
+from tersenet.run import Recipe, Stage
 from tersenet.stages.channels import SearchChannels
 from tersenet.stages.finetune import Finetune
 from tersenet.stages.obs import OBS

@@ -11,26 +11,16 @@ from typing import Any
 import numpy as np
 
 from tersenet.artifact import Artifact, Coding, Tensor, errors_against, load
+from tersenet.budget import Budget, PromiseBroken
 from tersenet.calibrate import moments
+from tersenet.draft import Draft, artifact_of, dense_array
+from tersenet.folding import refolded
 from tersenet.likelihood import Likelihood
 from tersenet.packed import Array, Packed
-from tersenet.recipe import (
-    Budget,
-    Choice,
-    Draft,
-    PromiseBroken,
-    Recipe,
-    Result,
-    Row,
-    artifact_of,
-    cache_folder,
-    dense_array,
-    run,
-)
-from tersenet.stages.budget import to_drop, to_size
-from tersenet.stages.folding import refolded
-from tersenet.stages.gathering import gather
+from tersenet.run import Choice, Recipe, Result, Row, cache_folder, run
 from tersenet.task import Task, duplicate, one_thread
+from tersenet.waterfilling.knowledge import Knowledge
+from tersenet.waterfilling.search import to_drop, to_size
 
 METRIC_BYTES = 24  # what the measured metric adds to a file, at most
 WIDTHS = {"float64": 8, "int64": 8, "uint64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}  # others count 4
@@ -111,14 +101,14 @@ def quantized(
     usable = task if task is not None and task.train is not None else None
     if most is None and usable is None:
         raise ValueError("a drop is measured on data: give Task(train=...), or a size or ratio")
-    gathered = gather(draft, usable)
-    if (known := gathered.likelihood) is not None:
+    knowledge = Knowledge.of(draft, usable)
+    if (known := knowledge.likelihood) is not None:
         kind = f"{known.kind} along axis {known.axis}" if known.kind == "classes" else known.kind
-        log({"stage": "calibration", "likelihood": f"{kind}, told {known.why}", "layers": len(gathered.found)})
+        log({"stage": "calibration", "likelihood": f"{kind}, told {known.why}", "layers": len(knowledge.found)})
     if most is not None:
-        return to_size(gathered, most, coding)
+        return to_size(knowledge, most, coding)
     assert usable is not None and budget.drop is not None
-    return to_drop(gathered, budget.drop, usable, coding)
+    return to_drop(knowledge, budget.drop, usable, coding)
 
 
 def _keep_promise(result: Result, budget: Budget | None, task: Task | None, original: Mapping[str, Tensor]) -> None:

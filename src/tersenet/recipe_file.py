@@ -25,7 +25,7 @@ from tersenet.methods.sparse import Magnitude
 from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
-from tersenet.recipe import Recipe
+from tersenet.run import Recipe
 from tersenet.stages.channels import Channels, DropDead
 from tersenet.stages.finetune import Finetune, TrainLevels
 from tersenet.stages.obs import OBS

@@ -1,6 +1,6 @@
 """A budget in bits over many tensors: equal slopes by bisection over one multiplier (Everett 1963).
 
-`allocate` serves methods whose options are separate per tensor; `from_below` finds the one number, such as the global
+`allocate` serves methods whose options are separate per tensor; `step_within` finds the one number, such as the global
 step of output-aware quantization, at which the real size just keeps within the budget.
 """
 
@@ -65,7 +65,9 @@ class Lagrange:
         return float(2.0**high)
 
 
-def from_below(size_at: Callable[[float], int], most: int, start: float, used: float = 0.985, tries: int = 16) -> float:
+def step_within(
+    size_at: Callable[[float], int], most: int, start: float, used: float = 0.985, tries: int = 16
+) -> float:
     """The step c at which `size_at(c)`, falling in c, lies within `used`..1 of `most`; else the best found below.
 
     Secant steps in log c, which sizes follow nearly linearly. Raises ValueError where no step is coarse enough.

@@ -22,14 +22,15 @@ from tersenet.allocators.amc import AMC, Problem, RandomSearch
 from tersenet.artifact import Coding
 from tersenet.calibrate import Moments, moments
 from tersenet.data import Batch, samples
+from tersenet.draft import Draft, artifact_of, dense_array
+from tersenet.folding import untied
 from tersenet.likelihood import Likelihood
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.methods.surgeon import damped, solved
 from tersenet.packed import Array, Sliced, Sparse, Tree, narrowed
-from tersenet.recipe import Draft, artifact_of, cache_folder, dense_array
-from tersenet.stages.coupling import Coupling
-from tersenet.stages.folding import untied
+from tersenet.run import cache_folder
 from tersenet.task import Task, one_thread
+from tersenet.tracing.coupling import Coupling
 
 BITS = Coding(("bits",))
 

@@ -20,9 +20,9 @@ from torch import nn
 from torch.func import functional_call
 
 from tersenet.artifact import Artifact, Tensor, as_stored
+from tersenet.draft import Draft
 from tersenet.norms import FOLDED, folded_norms
 from tersenet.packed import Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
-from tersenet.recipe import Draft
 from tersenet.task import Schedule, Task, duplicate, one_thread, progress
 
 

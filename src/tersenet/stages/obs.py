@@ -26,15 +26,15 @@ import numpy as np
 import torch
 
 from tersenet.calibrate import Moments, moments
+from tersenet.draft import Draft, dense_array
+from tersenet.folding import untied
 from tersenet.likelihood import Likelihood
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.methods.surgeon import damped, inverse, refitted, removals, swept
-from tersenet.operations import Form
 from tersenet.packed import Array, Sparse, Tree
-from tersenet.recipe import Draft, dense_array
-from tersenet.stages.folding import untied
 from tersenet.stages.prune import masked
 from tersenet.task import Task, one_thread, progress
+from tersenet.tracing.operations import Form
 
 ORDERS = ("kronecker", "exact", "sweep")
 UPDATES = ("sum", "best", "none")

@@ -6,10 +6,10 @@ from fnmatch import fnmatch
 import numpy as np
 
 from tersenet.artifact import Tensor
+from tersenet.draft import Draft, precise, round_leaves
 from tersenet.methods import Method, repack
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import Packed, Tree, float_leaves
-from tersenet.recipe import Draft, precise, round_leaves
 from tersenet.task import Task
 
 SMALL = "dense: smaller than its codebook"

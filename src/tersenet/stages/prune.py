@@ -15,10 +15,10 @@ import numpy as np
 
 from tersenet.artifact import Tensor, as_stored
 from tersenet.data import seeded
+from tersenet.draft import Draft, dense_array
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.norms import folded_norms
 from tersenet.packed import Array, Packed, Sparse, Tree
-from tersenet.recipe import Draft, dense_array
 from tersenet.stages.finetune import tune
 from tersenet.task import Task, duplicate
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tersenet.data import reachable, tensors
-from tersenet.operations import CONVOLUTIONS, TRANSPOSED, arguments
 from tersenet.task import Task
+from tersenet.tracing.operations import CONVOLUTIONS, TRANSPOSED, arguments
 
 STATISTICS = ("running_mean", "running_var")
 LAYERS = {"linear": 0, **CONVOLUTIONS, **TRANSPOSED}  # axes of their kernels

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor as Array
 
 from tersenet.artifact import FLOATS, Artifact, Tensor
+from tersenet.draft import Draft
 from tersenet.norms import FOLDED, folded_norms
 from tersenet.packed import Packed, Sliced, Sparse, Tree, Uniform, unpack
-from tersenet.recipe import Draft
-from tersenet.stages.feeding import STATISTICS, Pair, Reads
 from tersenet.task import Task, one_thread
+from tersenet.tracing.feeding import STATISTICS, Pair, Reads
 
 __all__ = ["feeders", "folded", "folded_norms", "refolded", "tied", "untied"]
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tersenet.recurrent import CELLS, KINDS, recurrent
+from tersenet.tracing.recurrent import CELLS, KINDS, recurrent
 
 CONVOLUTIONS = {f"conv{k}d": k for k in (1, 2, 3)}
 TRANSPOSED = {f"conv_transpose{k}d": k for k in (1, 2, 3)}

@@ -85,10 +85,10 @@ class Coupling:
             for root in dict.fromkeys(map(self.root, labels)):
                 if root not in frozen:
                     where.setdefault(root, []).append(place)
-        gathered: dict[tuple[tuple[str, int], ...], list[int]] = {}
+        knowledge: dict[tuple[tuple[str, int], ...], list[int]] = {}
         for root, places in where.items():
-            gathered.setdefault(tuple(places), []).append(root)
-        return [tuple(roots) for roots in gathered.values()]
+            knowledge.setdefault(tuple(places), []).append(root)
+        return [tuple(roots) for roots in knowledge.values()]
 
     def kept(self, place: tuple[str, int], gone: set[int]) -> np.ndarray[Any, Any]:
         """Which places along an axis of a tensor stay when these roots go."""

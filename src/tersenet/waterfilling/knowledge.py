@@ -1,0 +1,91 @@
+"""What is known of a network before it is quantized: its folded norms, its moments, what errors of each layer cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersenet.calibrate import Moments, moments
+from tersenet.data import samples, split_of, tensors
+from tersenet.draft import Draft
+from tersenet.folding import folded
+from tersenet.likelihood import Likelihood
+from tersenet.task import Task, one_thread, spread
+from tersenet.waterfilling.lossless import Lossless, lossless
+
+HELD = 5  # of so many batches one is not among those that moments are made of
+Halves = tuple[Moments, Moments]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """A draft with BatchNorm folded, its layers' moments, and which bias is added to each weight's output.
+
+    Moments come from two halves of the batches: how far the halves differ says how much to trust them. Every fifth
+    batch is `held` back from them: feedback steers errors to where the others do not see them. `sensitivity` is what
+    errors of a layer cost at the network's outputs, in parts of what its moments say. `lossless` has trees that lose
+    nothing.
+    """
+
+    draft: Draft
+    task: Task | None = None
+    likelihood: Likelihood | None = None
+    found: Mapping[str, Halves] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
+    held: Sequence[Any] = ()
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    lossless: Mapping[str, Lossless] = field(default_factory=dict)
+
+    @staticmethod
+    def of(draft: Draft, task: Task | None, count: int = 1024) -> "Knowledge":
+        """Fold BatchNorm and gather the moments of `count` samples; without a task there are none."""
+        if task is None or draft.model is None:
+            return Knowledge(draft, lossless=lossless(_unique(draft)))
+        known = split_of(task.train, "train").count or count
+        batches = task.calibration(count, max(1, min(16, min(known, count) // (2 * HELD))))
+        likelihood = Likelihood.of(task)
+        draft, norms = folded(draft, task, batches[:1])
+        held = batches[HELD - 1 :: HELD] if len(batches) >= HELD else batches
+        rest = [batch for k, batch in enumerate(batches) if k % HELD != HELD - 1 or len(batches) < HELD]
+        seen = sum(map(samples, rest))
+        labels = min(16, max(4, 4096 // seen))  # where there are few inputs, more labels make up for it in part
+        model = draft.module()
+        one = moments(task, model, rest[::2], likelihood, labels)
+        other = moments(task, model, rest[1::2], likelihood, labels, seed=len(rest)) if len(rest) > 1 else one
+        found = {}
+        for name in {**one, **other}:
+            halves = one.get(name) or other[name], other.get(name) or one[name]
+            if not all(bool(part.isfinite().all()) for half in halves for part in (half.inputs, half.outputs)):
+                raise ValueError(
+                    f"{name}: what the layer sees of the calibration inputs is not finite: check Task(train=...)"
+                )
+            same = halves[0].form == halves[1].form and halves[0].outputs.shape == halves[1].outputs.shape
+            found[name] = halves if same else (halves[0], halves[0])
+        biases = {name: a.bias for name, (a, b) in found.items() if a.bias is not None and a.bias == b.bias}
+        free = {name: bias for name, bias in biases.items() if bias in draft.trainable and _single(biases, bias)}
+        return Knowledge(draft, task, likelihood, found, free | norms, held, lossless=lossless(_unique(draft)))
+
+
+def _single(biases: Mapping[str, str], bias: str) -> bool:
+    return sum(other == bias for other in biases.values()) == 1
+
+
+def _unique(draft: Draft) -> dict[str, Any]:
+    return {name: draft.tensors[name] for name in draft.weights()}
+
+
+def outputs(task: Task, model: nn.Module, batches: Sequence[Any]) -> list[Any]:
+    """What a module says to batches of inputs."""
+
+    def one(batch: Any) -> Any:
+        with torch.no_grad():
+            return on_cpu(task.outputs(task.running(model), batch))
+
+    with one_thread():
+        return list(spread(one, batches))
+
+
+def on_cpu(things: Any) -> Any:
+    return [tensor.detach().cpu() for tensor in tensors(things)]
