@@ -9,7 +9,7 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "", "data": "", "budget": "", "tracing": "task data", "native": "", "information": "",
+    "packed": "", "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "information": "",
     "task": "data", "likelihood": "task data", "allocators": "task",
     "codecs": "native", "container": "packed codecs",
     "norms": "container", "artifact": "container packed codecs norms", "methods": "packed native codecs",

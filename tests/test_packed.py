@@ -87,13 +87,15 @@ def test_the_transform_is_orthonormal():
     assert np.allclose(unpack(Transformed(coefficients)), w, atol=1e-5)
 
 
-def test_four_nodes_are_deep_enough():
+def test_six_nodes_are_deep_enough():
     kernel = Transformed(Sparse(np.ones((3, 3), bool), Codebook(np.zeros(9, np.uint8), floats(1, 1))))
-    deep = Reshaped(kernel, (3, 3), (1, 0), (3, 3))
+    turned = Reshaped(kernel, (3, 3), (1, 0), (3, 3))
+    deep = Sliced(np.array([0, 2, 3]), Sliced(np.array([1, 2, 4]), turned, 0, 5), 1, 4)
     check_tree(deep)
-    assert np.array_equal(unpack(load(Artifact({"w": Tensor(deep)}).to_bytes())["w"]), unpack(kernel).T)
+    back = unpack(load(Artifact({"w": Tensor(deep)}).to_bytes())["w"])
+    assert np.array_equal(back[np.ix_([1, 2, 4], [0, 2, 3])], unpack(kernel).T) and np.count_nonzero(back) == 9
     with pytest.raises(ValueError, match="nodes deep"):
-        check_tree(Reshaped(deep, (9,), (0,), (9,)))
+        check_tree(Reshaped(deep, (20,), (0,), (20,)))
 
 
 def test_a_reshaped_child_holds_the_dense_array_with_its_axes_in_another_order():
@@ -167,6 +169,8 @@ BROKEN = {
     "mask is no mask": Sparse(np.array([1, 0, 1]), floats(2)),
     "kept twice": Sliced(np.array([1, 1]), floats(2, 2), 0, 5),
     "kept outside": Sliced(np.array([1, 5]), floats(2, 2), 0, 5),
+    "a mask of another length": Sliced(np.array([True, True, False]), floats(2, 2), 0, 5),
+    "a mask of more": Sliced(np.array([True, True, True, False]), floats(2, 2), 0, 4),
     "no such axis": Sliced(np.array([1, 2]), floats(2, 2), 2, 5),
     "unknown letter": Factored("or,ri->oz", (floats(2, 2), floats(2, 2)), (2, 2)),
     "two extents": Factored("or,ri->oi", (floats(2, 2), floats(3, 2)), (2, 2)),
@@ -180,6 +184,15 @@ def test_trees_that_do_not_fit_are_refused(name):
     with pytest.raises(ValueError):
         check_tree(BROKEN[name])
         check_tree_values(BROKEN[name])
+
+
+def test_kept_places_are_a_mask_or_numbers():
+    child = floats(2, 3)
+    mask, numbers = (Sliced(kept, child, 0, 5) for kept in (np.array([0, 1, 0, 0, 1], bool), np.array([1, 4])))
+    for tree in (mask, numbers):
+        back = load(Artifact({"w": Tensor(tree)}).to_bytes())["w"]
+        assert back.shape == (5, 3) and np.array_equal(unpack(back)[[1, 4]], child) and np.count_nonzero(unpack(back)) == 6
+        assert torch.equal(unpack(in_torch(tree)), torch.from_numpy(unpack(tree)))
 
 
 def test_integers_are_narrowed_without_loss():

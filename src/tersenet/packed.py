@@ -19,7 +19,7 @@ import numpy as np
 Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that has its shape and dtype
 Tree: TypeAlias = "Packed | Array"
 
-DEEPEST = 4
+DEEPEST = 6  # slices of both channels, another order of axes, a transform, zeros, shared values
 _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
     np.float32
 )  # so that negative exponents count from its end
@@ -152,7 +152,7 @@ class Sparse(Packed):
         return tuple(self.mask.shape)
 
     def check(self) -> None:
-        _require(str(self.mask.dtype).endswith("bool"), "a mask is boolean")
+        _require(_is_mask(self.mask), "a mask is boolean")
         _require(is_float_tree(self.values) and len(self.values.shape) == 1, "values are a float vector")
 
     def check_values(self) -> None:
@@ -161,9 +161,12 @@ class Sparse(Packed):
 
 @dataclass(frozen=True, eq=False)
 class Sliced(Packed):
-    """A child that keeps only some places of one axis (channels, neurons); the others are zero."""
+    """A child that keeps only some places of one axis (channels, neurons); the others are zero.
 
-    kept: Array  # ascending integers
+    A mask of the places takes a fifth of the bytes that their numbers do.
+    """
+
+    kept: Array  # bool [size], or ascending integers
     child: Tree
     axis: int
     size: int
@@ -172,7 +175,8 @@ class Sliced(Packed):
         child = unpack(self.child)
         xp = namespace(child)
         dense = xp.zeros(self.shape, dtype=child.dtype)
-        dense[(slice(None),) * self.axis + (xp.asarray(self.kept, dtype=xp.int64),)] = child
+        kept = xp.asarray(self.kept) if _is_mask(self.kept) else xp.asarray(self.kept, dtype=xp.int64)
+        dense[(slice(None),) * self.axis + (kept,)] = child
         return dense
 
     @property
@@ -184,11 +188,14 @@ class Sliced(Packed):
     def check(self) -> None:
         _require(isinstance(self.axis, int) and isinstance(self.size, int), "axis and size are numbers")
         _require(is_float_tree(self.child) and 0 <= self.axis < len(self.child.shape), "the axis is one of the child's")
-        _require(is_integer(self.kept) and len(self.kept.shape) == 1, "kept is a vector of integers")
-        _require(self.kept.shape[0] == self.child.shape[self.axis] <= self.size, "kept has the child's length")
+        _require(is_integer(self.kept) and len(self.kept.shape) == 1, "kept is a vector of integers, or a mask")
+        n = self.child.shape[self.axis]
+        fits = self.kept.shape[0] == (self.size if _is_mask(self.kept) else n)
+        _require(fits and n <= self.size, "kept has the child's length, or the axis's")
 
     def check_values(self) -> None:
-        kept = np.asarray(self.kept).astype(np.int64)
+        kept = places(self.kept)
+        _require(len(kept) == self.child.shape[self.axis], "kept and the child do not match")
         _require(not kept.size or (kept[0] >= 0 and kept[-1] < self.size), "a kept place is outside")
         _require(bool((np.diff(kept) > 0).all()), "kept places ascend")
 
@@ -360,8 +367,14 @@ def float_leaves(tree: Tree) -> dict[str, Array]:
     return {path: array for path, array in arrays(tree) if not is_integer(array)}
 
 
+def places(kept: Array) -> Array:
+    """The places that a `Sliced` node keeps, int64, as numbers or a mask say them."""
+    array = np.asarray(kept)
+    return np.flatnonzero(array) if _is_mask(array) else array.astype(np.int64)
+
+
 def check_tree(tree: Tree, above: int = 0) -> None:
-    """Raises ValueError unless every node's parts fit together and the tree is at most four nodes deep."""
+    """Raises ValueError unless every node's parts fit together and the tree is at most six nodes deep."""
     if isinstance(tree, Packed):
         _require(above < DEEPEST, f"a tree is at most {DEEPEST} nodes deep")
         for _, child in children(tree):
@@ -425,6 +438,10 @@ def _is_shape(extents: Any) -> bool:
     if not (isinstance(extents, tuple) and len(extents) <= 8):
         return False
     return all(isinstance(n, int) and n >= 0 for n in extents) and math.prod(n or 1 for n in extents) < 1 << 60
+
+
+def _is_mask(array: Array) -> bool:
+    return str(array.dtype).endswith("bool")
 
 
 def _is_numpy(array: Array) -> bool:
