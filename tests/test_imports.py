@@ -22,13 +22,15 @@ MAY = {
     "papers": "stages methods allocators run",
     "promise": "artifact budget calibrate draft folding likelihood packed papers run stages task waterfilling",
     "recipe_file": "papers stages methods run",
+    "origins": "", "key": "origins", "journal": "artifact", "checkpoint": "journal key",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact",
     "cli": "sources papers report runtime run budget draft artifact codecs promise recipe_file",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling", "tracing", "stages",
-         "promise", "threelc", "information", "norms", "data", "likelihood"}  # fmt: skip
+         "promise", "threelc", "information", "norms", "data", "likelihood", "key",
+         "checkpoint"}  # fmt: skip
 
 
 def imports(file: Path):

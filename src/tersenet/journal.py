@@ -1,0 +1,100 @@
+"""What a run did, row by row, in memory and in its folder, beside what is kept there until a stage is done."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tersenet.artifact import write_atomically
+
+Row = dict[str, Any]
+NAME = "run.jsonl"
+
+
+@dataclass
+class Journal:
+    """The rows of a run; those of earlier tries in the same folder are `earlier`. Without a folder nothing is kept."""
+
+    rows: list[Row] = field(default_factory=list)
+    folder: Path | None = None
+    earlier: list[Row] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path | None:
+        """The file of rows, where there is one."""
+        return None if self.folder is None else self.folder / NAME
+
+    def open(self, folder: Path | None) -> None:
+        """Go on in a folder: read its rows, and write there from now on (None: in memory alone)."""
+        self.folder, self.earlier = folder, [] if folder is None else read(folder / NAME)
+
+    def write(self, **row: Any) -> None:
+        """Add a row; in the file it has the time, in seconds since 1970, too."""
+        self.rows.append(row)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"time": round(time.time(), 2), **row}, default=_plain).encode() + b"\n"
+        file = os.open(self.folder / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:  # a line is one write at the end, so that two processes may share the file
+            size = os.fstat(file).st_size
+            torn = size and os.pread(file, 1, size - 1) != b"\n"  # by a process that was killed
+            os.write(file, b"\n" + line if torn else line)
+        finally:
+            os.close(file)
+
+    def find(self, **fields: Any) -> list[Row]:
+        """The rows, of this try and earlier ones, that have these values."""
+        rows = [*self.earlier, *self.rows]
+        return [row for row in rows if all(k in row and row[k] == value for k, value in fields.items())]
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep bytes under a name until the stage is done."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / f"{name}.kept", hashlib.sha256(data).digest() + data)
+
+    def kept(self, name: str) -> bytes | None:
+        """What was kept under a name; None where nothing was, or where it is damaged."""
+        path = None if self.folder is None else self.folder / f"{name}.kept"
+        if path is None or not path.exists():
+            return None
+        whole = path.read_bytes()
+        return whole[32:] if hashlib.sha256(whole[32:]).digest() == whole[:32] else None
+
+    def clear(self) -> None:
+        """Remove what was kept."""
+        for path in [] if self.folder is None else self.folder.glob("*.kept"):
+            path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; lines that were torn are left out."""
+    rows: list[Row] = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def memory() -> float | None:
+    """The most megabytes of memory that this process has held, where the system says."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(most / (1e6 if sys.platform == "darwin" else 1e3), 1)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy and torch as JSON has them, anything else as its text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
