@@ -70,8 +70,12 @@ def test_lloyd_ends_where_no_step_improves_and_never_beats_the_exact_optimum():
 def test_weighted_k_means_moves_towards_the_heavy_values():
     w = np.array([0.0, 1.0, 2.0, 10.0], np.float32)
     light = KMeans(1).pack(w).codewords.flatten()
-    heavy = KMeans(1).pack(w, {"weights": np.array([1.0, 1, 50, 1])}).codewords.flatten()
+    stats = {"weights": np.array([1.0, 1, 50, 1])}
+    heavy = KMeans(1, weighted=True).pack(w, stats).codewords.flatten()
     assert light[0] == 1.0 and heavy[0] == pytest.approx(101 / 52)
+    assert np.array_equal(KMeans(1).pack(w, stats).codewords.flatten(), light)
+    with pytest.raises(ValueError, match="KMeans needs the Fisher information of each weight: give a Task"):
+        KMeans(1, weighted=True).pack(w)
 
 
 def test_magnitude_hits_its_density_to_one_weight_and_breaks_ties_by_place():

@@ -19,7 +19,7 @@ layer. A weight that no result depends on has none.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,16 +110,23 @@ Found = dict[tuple[str, int, str], Sums]
 
 
 def moments(
-    task: Task, model: nn.Module, batches: Sequence[Any], likelihood: Likelihood, labels: int = 4, seed: int = 0
+    task: Task,
+    model: nn.Module,
+    batches: Sequence[Any],
+    likelihood: Likelihood,
+    labels: int = 4,
+    seed: int = 0,
+    only: Collection[str] | None = None,
 ) -> dict[str, Moments]:
     """Moments by the name of each parameter, over batches of inputs and `labels` sampled labels for each sample.
 
-    The model is read in evaluation mode and left as it was. Tied weights gather what all their uses see.
+    The model is read in evaluation mode and left as it was. Tied weights gather what all their uses see, under the
+    first of their names. With `only`, moments of other parameters are not made.
     """
     count = sum(map(samples, batches))
 
     def one(job: tuple[int, Any]) -> Found:
-        return _batch_sums(task, model, job[1], likelihood, labels, seed + job[0])
+        return _batch_sums(task, model, job[1], likelihood, labels, seed + job[0], only)
 
     total: Found = {}
     with one_thread():
@@ -134,16 +141,27 @@ def moments(
         return {name: _merged(found) for name, found in parts.items()}
 
 
-def _batch_sums(task: Task, model: nn.Module, inputs: Any, likelihood: Likelihood, labels: int, seed: int) -> Found:
+def _batch_sums(
+    task: Task,
+    model: nn.Module,
+    inputs: Any,
+    likelihood: Likelihood,
+    labels: int,
+    seed: int,
+    only: Collection[str] | None,
+) -> Found:
     """The sums over one batch, by parameter, first row and kind of use."""
     generator = torch.Generator().manual_seed(seed)
     own = _free(model).to(task.device).eval()
     with Watch(own) as watch:
         outputs = task.outputs(own, inputs)
-    uses = watch.uses
-    known = {use.name for use in uses}
+    known = {use.name for use in watch.uses}
+    uses = [use for use in watch.uses if only is None or use.name in only]
     others = {n: p for n, p in own.named_parameters() if p.dim() > 1 and p.numel() and n not in known}
+    others = {n: p for n, p in others.items() if only is None or n in only}
     asked = [use.out for use in uses] + list(others.values())
+    if not asked:
+        return {}
     collected = [_Collected(use) for use in uses]
     rest: Found = {}
     for turn in range(labels):
@@ -165,6 +183,42 @@ def _batch_sums(task: Task, model: nn.Module, inputs: Any, likelihood: Likelihoo
         if part.turns:
             _put(rest, (use.name, use.first, kind), part.sums())
     return rest
+
+
+def across(
+    task: Task, models: tuple[nn.Module, nn.Module], batches: Sequence[Any], only: Collection[str]
+) -> tuple[Form, int, Tensor, Tensor] | None:
+    """E[u v^T] and E[v v^T] [groups, n, n] of what a parameter multiplies in one network, u, and in another, v.
+
+    `only` are its names. Also gives how it lies and how many inputs were seen. None where it is no factor of a product,
+    is used in parts, or is wider than one block of moments.
+    """
+
+    def one(batch: Any) -> tuple[Form, int, Tensor] | None:
+        seen: list[list[Use]] = []
+        for model in models:
+            with torch.no_grad(), Watch(own := _free(model).to(task.device).eval()) as watch:
+                task.outputs(own, batch)
+            seen.append([use for use in watch.uses if use.name in only])
+        form = seen[0][0].form if seen[0] else Form((), ())
+        if not seen[0] or len(seen[0]) != len(seen[1]) or blocks(form.columns, form.groups) < form.columns:
+            return None
+        sums, count = torch.zeros(2, form.groups, form.columns, form.columns, dtype=torch.double), 0
+        for use, other in zip(*seen, strict=True):
+            if use.inputs is None or other.inputs is None or use.first or not use.form == other.form == form:
+                return None
+            u, v = (part.unrolled(part.inputs).double().cpu() for part in (use, other))
+            sums, count = sums + torch.stack([u.transpose(1, 2) @ v, v.transpose(1, 2) @ v]), count + u.shape[1]
+        return form, count, sums
+
+    with one_thread():
+        found = list(spread(one, batches))
+        whole = [part for part in found if part is not None]
+        if len(whole) < len(found) or not whole:
+            return None
+        count = sum(part[1] for part in whole)
+        both = sum((part[2] for part in whole[1:]), whole[0][2]) / max(1, count)
+    return whole[0][0], count, both[0], both[1]
 
 
 def _free(model: nn.Module) -> nn.Module:

@@ -59,6 +59,8 @@ NOTES = [
     "dense: smaller than its codebook",
     "dense: 8-bit floats, kept bit for bit",
     "folded: its scale went into the layer before it",
+    "dense: kept by a rule",
+    "dense: no result depends on it, so what its method needs is not known",
 ]
 
 

@@ -7,13 +7,15 @@ k-means of Choi et al. (2017). All sums run in float64 in sorted order, so the r
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from tersenet.methods import needed
 from tersenet.packed import Array, Codebook, Packed, narrowed
 
 STARTS = ("linear", "density", "random", "exact")
+FAINT = 1e-3  # what a weight of no Fisher information counts, as a part of the mean
 
 
 def lloyd(values: Array, centroids: Array, weights: Array, steps: int = 300) -> Array:
@@ -106,24 +108,33 @@ def filled(values: Array, centroids: Array, weights: Array) -> Array:
 
 @dataclass(frozen=True)
 class KMeans:
-    """At most 2^bits shared values; raises ValueError for a tensor with too few different values to gain from them."""
+    """At most 2^bits shared values; `weighted` counts errors by the Fisher information of weights, `stats["weights"]`.
+
+    Weights whose information is next to nothing count a thousandth of the mean.
+    """
 
     bits: int = 5
     start: str = "linear"
     seed: int = 0
-    needs: tuple[str, ...] = ()
+    weighted: bool = False
+    makes: ClassVar[tuple[type[Packed], ...]] = (Codebook,)
 
     def __post_init__(self) -> None:
         if self.start not in STARTS or not 1 <= self.bits <= 12:
             raise ValueError(f"KMeans takes 1 to 12 bits and a start among {', '.join(STARTS)}")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("weights",) if self.weighted else ()
+
     def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Packed:
-        """A `Codebook` with ascending codewords [k, 1]; `stats["weights"]`, if given, weighs each value's error."""
+        """A `Codebook` with ascending codewords [k, 1]."""
         w = np.asarray(w)
         flat = w.reshape(-1).astype(np.float64)
-        weights = (
-            np.ones(flat.size) if not stats or "weights" not in stats else np.asarray(stats["weights"]).reshape(-1)
-        )
+        weights = np.ones(flat.size)
+        if self.weighted:
+            known = np.asarray(needed(self, "weights", stats), np.float64).reshape(-1)
+            weights = np.maximum(known, FAINT * known.mean()) if known.any() else weights
         order = np.argsort(flat, kind="stable")
         values, mass = flat[order], weights[order].astype(np.float64)
         distinct = np.unique(values)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,7 +31,8 @@ class Magnitude:
     """Keep the largest |w| of a tensor, to a density in (0, 1]."""
 
     density: float = 0.1
-    needs: tuple[str, ...] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+    makes: ClassVar[tuple[type[Packed], ...]] = (Sparse,)
 
     def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Packed:
         w = np.asarray(w)

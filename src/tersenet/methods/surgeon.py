@@ -9,12 +9,13 @@ and makes up for each column in those after it (SparseGPT: Frantar, Alistarh 202
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from tersenet import native
+from tersenet.methods import needed
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.packed import Array, Packed, Sparse
 
@@ -68,8 +69,8 @@ def refitted(w: Array, mask: Array, moment: Array) -> Array:
     return found
 
 
-def swept(w: Array, moment: Array, density: float, block: int = 128) -> tuple[Array, Array]:
-    """Rows [m, n] at a density and their mask, by one sweep over the columns."""
+def swept(w: Array, moment: Array, density: float, block: int = 128, free: Array | None = None) -> tuple[Array, Array]:
+    """Rows [m, n] at a density and their mask, by one sweep over the columns; what is not `free` stays zero."""
     upper = torch.linalg.cholesky(torch.from_numpy(inverse(moment)), upper=True).numpy()  # A^-1 = U^T U
     rest, mask = np.array(w, np.float64), np.zeros(w.shape, bool)
     kept, seen = 0, 0
@@ -78,8 +79,10 @@ def swept(w: Array, moment: Array, density: float, block: int = 128) -> tuple[Ar
         seen += (end - begin) * len(w)
         score = np.square(rest[:, begin:end] / np.diagonal(upper)[begin:end])
         most = max(0, kept_count(density, seen) - kept)  # what rounding left to earlier blocks is made up for
-        mask[:, begin:end] = largest(score, most)
-        kept += most
+        if free is not None:
+            score = np.where(free[:, begin:end], score, -1.0)
+        mask[:, begin:end] = largest(score, most) & (score >= 0)
+        kept += int(np.count_nonzero(mask[:, begin:end]))
         for j in range(begin, end):
             error = np.where(mask[:, j], 0.0, rest[:, j]) / upper[j, j]
             rest[:, j:] -= error[:, None] * upper[j, j:]
@@ -90,17 +93,17 @@ def swept(w: Array, moment: Array, density: float, block: int = 128) -> tuple[Ar
 class SparseGPT:
     """One sweep with the moments of the layer's inputs, `stats["inputs"]` [groups, n, n], damped.
 
-    Raises ValueError without them: it would be magnitude pruning. The stage `OBS(order="sweep")` brings them.
+    Raises ValueError without them: it would be magnitude pruning. `OBS(order="sweep")` lets biases take up the mean of
+    what is lost as well.
     """
 
     density: float = 0.5
     damping: float = 0.01
-    needs: tuple[str, ...] = ("inputs",)
+    needs: ClassVar[tuple[str, ...]] = ("inputs",)
+    makes: ClassVar[tuple[type[Packed], ...]] = (Sparse,)
 
     def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Packed:
-        if stats is None or "inputs" not in stats:
-            raise ValueError("SparseGPT needs the moments of the layer's inputs: use the stage OBS with order 'sweep'")
-        w, moments = np.asarray(w), damped(np.asarray(stats["inputs"]), self.damping)
+        w, moments = np.asarray(w), damped(np.asarray(needed(self, "inputs", stats)), self.damping)
         rows = np.asarray(w, np.float64).reshape(len(moments), -1, moments.shape[1])
         parts = [swept(part, moment, self.density) for part, moment in zip(rows, moments, strict=True)]
         dense, mask = (np.stack([part[k] for part in parts]).reshape(w.shape) for k in (0, 1))

@@ -6,7 +6,7 @@ one step for all columns it costs accuracy, so the two belong together.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,7 +24,8 @@ def spatial(shape: tuple[int, ...]) -> bool:
 class KernelDCT:
     """The DCT-II of each kernel of a convolution; other weights are left as they are."""
 
-    needs: tuple[str, ...] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+    makes: ClassVar[tuple[type[Packed], ...]] = (Transformed,)
 
     def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Packed | Array:
         w = np.asarray(w)

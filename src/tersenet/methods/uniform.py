@@ -1,7 +1,7 @@
 """Levels at equal steps: rounding to the nearest of a symmetric grid, by tensor or by row."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,8 @@ class Uniform:
 
     bits: int = 8
     by_row: bool = False
-    needs: tuple[str, ...] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+    makes: ClassVar[tuple[type[Packed], ...]] = (UniformNode,)
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 16:
