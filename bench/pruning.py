@@ -29,8 +29,9 @@ from tersenet.draft import Draft, artifact_of
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import unpack
 from tersenet.papers import mlprune
+from tersenet.realise import realise
 from tersenet.run import cache_folder, run
-from tersenet.stages.channels import Channels, SearchChannels, small
+from tersenet.stages.channels import Channels, SearchChannels
 from tersenet.stages.finetune import Finetune, TrainLevels
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
@@ -318,7 +319,7 @@ def searches(episodes: int = 80):
         draft = stage(Draft.of_model(task.model), plain)
         seconds = round(time.monotonic() - began, 1)
         before = scored(draft, task)[1]
-        macs = Coupling.of(small(draft), task.test[0][:1]).macs(set())
+        macs = Coupling.of(task, realise(draft.model, draft.tensors), task.test[0][:1]).macs(set())
         size, after = scored(Retrain(epochs=1)(draft, task), task)
         row = {"network": "resnet20", "method": label, "macs": macs, "bytes": size, "before": round(before, 4)}
         more = {"reference": reference, "epochs": 1, "search_seconds": seconds, "seed": 0}
@@ -334,15 +335,15 @@ def halved():
         task = ptq.task_of(name)
         reference, x = round(task.score(task.test), 4), task.test[0][:1]
         draft = Channels(0.5)(Draft.of_model(MODELS.load(name)), task)
-        whole, less = MODELS.load(name).eval(), small(draft).eval()
+        whole, less = MODELS.load(name).eval(), realise(draft.model, draft.tensors).eval()
         exported = torch.export.export(less, (x,)).module()
         with torch.no_grad():
             assert torch.allclose(exported(x), less(x), atol=1e-4)
         size, score = scored(draft, task)
         times = latencies([whole, less], x)
         row = {"network": name, "method": "uniform ratios, half the MACs", "bytes": size, "accuracy": round(score, 4)}
-        more = {"reference": reference, "macs": Coupling.of(less, x).macs(set())}
-        more |= {"macs_before": Coupling.of(whole, x).macs(set()), "latency_ratio": round(times[1] / times[0], 3)}
+        more = {"reference": reference, "macs": Coupling.of(task, less, x).macs(set())}
+        more |= {"macs_before": Coupling.of(task, whole, x).macs(set()), "latency_ratio": round(times[1] / times[0], 3)}
         more |= {"parameters": count(less), "parameters_before": count(whole), "epochs": 0}
         rows.append({**row, **more})
         print(rows[-1], flush=True)

@@ -6,6 +6,7 @@ import signal
 import struct
 import time
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -371,3 +372,15 @@ def test_unpack_is_the_dense_weight():
     artifact = Artifact({name: Tensor(tree) for name, tree in trees().items()})
     for name, array in load(artifact.to_bytes()).unpack().items():
         assert np.array_equal(array, unpack(artifact[name]))
+
+
+def test_a_changed_copy_of_a_file_has_its_own_bytes():
+    written = Artifact({"w": Tensor(floats(40, 50))}, Coding(("rans",))).to_bytes()
+    opened = load(written)
+    assert opened.to_bytes() is written
+    noted, plain = replace(opened, meta={"metric": 0.5}), replace(opened, coding=Coding(("bits",)))
+    zeros = replace(opened, tensors={"w": Tensor(np.zeros((40, 50), np.float32))})
+    assert load(noted.to_bytes()).meta == {"metric": 0.5}
+    assert not load(zeros.to_bytes())["w"].any()
+    assert plain.to_bytes() == Artifact(opened.tensors, Coding(("bits",))).to_bytes()
+    assert opened.to_bytes() is written

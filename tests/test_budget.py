@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import tersenet as tn
-from tersenet.artifact import Tensor, load
-from tersenet.draft import precise
+from tersenet.artifact import Artifact, Tensor, load
+from tersenet.draft import Draft, precise
 from tersenet.promise import verify
 from tersenet.waterfilling.lossless import lossless
 
@@ -153,3 +153,16 @@ def test_extra_state_of_a_state_dict_is_left_out(tmp_path):
     state = {"w": torch.randn(64, 64), "layer._extra_state": {"step": 3}}
     tn.compress(state, budget=tn.Budget(ratio=6)).artifact.save(tmp_path / "f.terse")
     assert set(verify(tmp_path / "f.terse", state)["errors"]) == {"w"}
+
+
+def test_verifying_a_file_leaves_the_tasks_model_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    data = torch.randn(60, 16), torch.randint(0, 4, (60,))
+    one, other = (nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4)) for _ in range(2))
+    task = tn.Task(one, test=data)
+    Artifact(dict(Draft.of_model(other).tensors)).save(tmp_path / "f.terse")
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    found = verify(tmp_path / "f.terse", task=task)
+    assert found["metric"] == task.score(data, load(tmp_path / "f.terse").into(copy.deepcopy(task.model)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+    assert task.model.training

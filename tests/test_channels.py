@@ -20,11 +20,16 @@ from tersenet.artifact import load
 from tersenet.draft import Draft, artifact_of
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import Sliced, unpack
-from tersenet.stages.channels import Channels, DropDead, Plan, SearchChannels, small
+from tersenet.realise import realise
+from tersenet.stages.channels import Channels, DropDead, Plan, SearchChannels
 from tersenet.stages.pack import Pack
 from tersenet.stages.prune import Prune, Retrain
 from tersenet.task import Metric
 from tersenet.tracing.coupling import Coupling
+
+
+def small(draft):
+    return realise(draft.model, draft.tensors)
 
 
 class Branches(nn.Module):
@@ -250,8 +255,9 @@ def test_channels_stay_that_another_output_or_reader_needs():
     places = [
         {place for place in plan.coupling.axes if set(plan.coupling.axes[place]) & set(roots)} for roots in plan.spaces
     ]
-    assert places == [{("free.weight", 0), ("free.bias", 0), ("out.weight", 1)}]
-    draft = plan.pruned([0.5])
+    bare = {("bare.weight", 0), ("bare.bias", 0), ("norm.running_mean", 0), ("wide.weight", 1)}
+    assert places == [{("free.weight", 0), ("free.bias", 0), ("out.weight", 1)}, bare]
+    draft = plan.pruned([0.5, 0.5])
     with torch.no_grad():
         whole, less = (task.model.__class__.forward(made.eval(), **x) for made in (draft.module(), small(draft)))
     assert all(torch.allclose(whole[name], less[name], atol=1e-5) for name in whole)
@@ -306,3 +312,16 @@ def test_dropping_dead_channels_leaves_other_weights_as_they_are_packed(task):
     draft = Pack(KMeans(3))(Draft.of_model(copy.deepcopy(task.model)), task)
     after = DropDead()(draft, task)
     assert all(after.tensors[name].tree is draft.tensors[name].tree for name in draft.weights())
+
+
+def test_statistics_of_norms_without_weights_follow_training_where_channels_are_gone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, affine=False), nn.ReLU(), nn.Linear(8, 3))
+    x = 2 + torch.randn(64, 6)
+    task = tn.Task(model.eval(), (x, torch.randint(0, 3, (64,))))
+    draft = Channels(0.5, samples=32)(Draft.of_model(model), task)
+    trained = Retrain(epochs=3)(draft, task)
+    before, after = (made.tensors["1.running_mean"].tree for made in (draft, trained))
+    assert np.array_equal(before.kept, after.kept) and np.abs(before.child - after.child).min() > 0.01
+    with torch.no_grad():
+        assert torch.allclose(trained.module().eval()(x), small(trained).eval()(x), rtol=1e-5, atol=1e-5)

@@ -12,13 +12,14 @@ MAY = {
     "packed": "", "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "information": "",
     "task": "data", "likelihood": "task data", "allocators": "task",
     "codecs": "native", "container": "packed codecs",
-    "norms": "container", "artifact": "container packed codecs norms", "methods": "packed native codecs",
+    "norms": "container", "artifact": "container packed codecs norms realise",
+    "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms", "run": "draft task artifact",
     "folding": "draft norms packed artifact task tracing",
     "waterfilling": "draft folding methods calibrate packed task artifact allocators data likelihood tracing",
     "stages": "waterfilling draft run folding methods calibrate packed task artifact allocators data likelihood tracing"
-              " norms",
+              " norms structure",
     "papers": "stages methods allocators run",
     "promise": "artifact budget calibrate draft folding likelihood packed papers run stages task waterfilling",
     "recipe_file": "papers stages methods run",
@@ -28,7 +29,8 @@ MAY = {
     "cli": "sources papers report runtime run budget draft artifact codecs promise recipe_file",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
-TORCH = {"allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling", "tracing", "stages",
+TORCH = {"realise", "chains",
+         "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling", "tracing", "stages",
          "promise", "threelc", "information", "norms", "data", "likelihood", "key",
          "checkpoint"}  # fmt: skip
 

@@ -70,7 +70,7 @@ class Artifact:
     tensors: dict[str, Tensor]
     coding: Coding = field(default_factory=Coding)
     meta: dict[str, Any] = field(default_factory=dict)
-    _bytes: bytes | None = field(default=None, repr=False)
+    _bytes: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tree:
         return self.tensors[name].tree
@@ -95,6 +95,15 @@ class Artifact:
         module.load_state_dict(own | self.state_dict())
         hold(module, folded_norms(self.tensors))
         return module
+
+    def realise(self, module: Any) -> Any:
+        """A copy of a torch module with the tensors in it, whose sliced layers are smaller and factored ones chains.
+
+        It says what `into` says. Warns, naming them, where such weights stay dense (`realise.py`).
+        """
+        from tersenet.realise import realise
+
+        return realise(module, self.tensors)
 
     def state_dict(self) -> dict[str, Any]:
         """Every tensor as a new torch tensor of its own type, also bfloat16 and 8-bit floats; tied names share one."""
@@ -159,8 +168,10 @@ def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit
         if tensors is None:
             header.check_whole(data)
         found = decoded(header, [name for name in header.tensors if name in wanted], data)
-        whole = source if isinstance(source, bytes) and tensors is None else None
-        return Artifact(found, meta=header.meta, _bytes=whole)
+        artifact = Artifact(found, meta=header.meta)
+        if isinstance(source, bytes) and tensors is None:
+            artifact._bytes = source
+        return artifact
 
 
 def _read_whole(path: Path, limit: int | None) -> bytes:

@@ -1,4 +1,4 @@
-"""Whole channels and neurons: the layers really shrink, in the file and, with `small`, in the module that runs.
+"""Whole channels and neurons: the layers really shrink, in the file and, with `Artifact.realise`, where it runs.
 
 Channels that must go together are found by coupling.py. Which of a space's channels stay is decided by the L1 norm of
 the weights that read them, and the layers that read them are fitted again, as in AMC (He et al. 2018, section 3) and
@@ -12,11 +12,9 @@ architecture, with zeros; norms and biases of channels that are gone are zeros t
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from tersenet.allocators.amc import AMC, Problem, RandomSearch
 from tersenet.artifact import Coding
@@ -263,43 +261,3 @@ def _masked(tree: Tree, w: Array) -> Tree:
         return w
     mask = tree.mask & (w != 0)
     return Sparse(mask, w[mask])
-
-
-def small(draft: Draft) -> nn.Module:
-    """The module of a draft whose channels were taken out, with layers that are really smaller, to run or export.
-
-    The module's own code must not fix the numbers of channels that were taken out; tracing has made sure of that.
-    """
-    model = draft.module()
-    for name, layer in model.named_modules():
-        tensor = draft.tensors.get(f"{name}.weight".lstrip("."))
-        if tensor is None or not isinstance(tensor.tree, Sliced):
-            continue
-        rows, columns = _kept(tensor.tree, 0), _kept(tensor.tree, 1)
-        if isinstance(layer, nn.modules.batchnorm._NormBase):
-            layer.num_features = len(rows)
-            for part in ("running_mean", "running_var"):
-                if getattr(layer, part) is not None:
-                    setattr(layer, part, getattr(layer, part)[rows].clone())
-        elif isinstance(layer, nn.Linear):
-            layer.out_features, layer.in_features = len(rows), len(columns)
-        elif isinstance(layer, nn.modules.conv._ConvNd):
-            depthwise = layer.groups > 1
-            layer.out_channels = len(rows)
-            layer.in_channels = len(rows) if depthwise else len(columns)
-            layer.groups = len(rows) if depthwise else 1
-        weight = layer.weight.detach()[rows]
-        layer.weight = nn.Parameter(weight[:, columns].clone() if weight.dim() > 1 else weight.clone())
-        if getattr(layer, "bias", None) is not None:
-            layer.bias = nn.Parameter(layer.bias.detach()[rows].clone())
-    return model
-
-
-def _kept(tree: Any, axis: int) -> torch.Tensor:
-    """The places that a tree of `Sliced` keeps along an axis."""
-    everywhere = torch.arange(tree.shape[axis]) if axis < len(tree.shape) else torch.arange(1)
-    while isinstance(tree, Sliced):
-        if tree.axis == axis:
-            return torch.from_numpy(np.asarray(tree.kept).astype(np.int64))
-        tree = tree.child
-    return everywhere

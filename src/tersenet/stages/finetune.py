@@ -23,6 +23,7 @@ from tersenet.artifact import Artifact, Tensor, as_stored
 from tersenet.draft import Draft
 from tersenet.norms import FOLDED, folded_norms
 from tersenet.packed import Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
+from tersenet.structure import is_plain, refilled
 from tersenet.task import Schedule, Task, duplicate, one_thread, progress
 
 
@@ -151,8 +152,9 @@ class _Network:
                     tree = self._arrays(self.trees[id(tensor)])
                 whole = isinstance(tree, Packed)
                 renewed[id(tensor)] = replace(tensor, tree=tree if whole else replace(tensor, tree=tree).unpack())
-            elif not isinstance(tensor.tree, Packed):
-                renewed[id(tensor)] = replace(tensor, tree=as_stored(name, self.kept[id(tensor)])[0])
+            elif is_plain(tensor.tree):
+                now = as_stored(name, self.kept[id(tensor)])[0]
+                renewed[id(tensor)] = replace(tensor, tree=refilled(tensor.tree, now))
         return replace(self.before, tensors={n: renewed.get(id(t), t) for n, t in self.before.tensors.items()})
 
     def _arrays(self, tree: Tree) -> Tree:

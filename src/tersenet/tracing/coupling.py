@@ -4,7 +4,8 @@ Every tensor on the way carries a label for each of its channels (axis 1). A con
 labels; normalisations, depthwise convolutions and what maps 0 to 0 channel by channel hand them on; a sum joins them, a
 concatenation puts them side by side. Whatever is not known here, or fixes a number of channels in its code, as padding
 of channels does, freezes the labels that it touches: those channels stay. Any model that runs can be traced; nothing is
-compiled and no layer has to be of a known class.
+compiled and no layer has to be of a known class. A shape that the code gives in numbers is such a number too: of the
+ways to lay channels flat, `flatten(1)` and `view(n, -1)` alone are followed.
 """
 
 import math
@@ -16,19 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from tersenet.data import reachable, samples, tensors
 from tersenet.task import Task
+from tersenet.tracing.feeding import FORMAL
+from tersenet.tracing.operations import CONVOLUTIONS, arguments
 
-KNOWN = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)  # layers that `channels.small` can shrink
+KNOWN = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.PReLU)  # that `realise` makes smaller
+OWN = ("weight", "bias", "running_mean")  # tensors of these layers that have a place for each channel
 # Functions that work on each channel alone and map 0 to 0, by the names that torch gives them.
 CHANNELWISE = {
-    "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "prelu", "elu", "gelu", "silu",
-    "tanh", "hardswish", "abs", "neg", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
-    "dropout", "dropout_", "contiguous", "to", "float", "clone", "detach", "interpolate",
+    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "selu", "gelu", "silu", "mish",
+    "tanh", "hardswish", "hardshrink", "softshrink", "softsign", "abs", "neg", "square", "dropout", "dropout_",
+    "dropout1d", "dropout2d", "dropout3d", "contiguous", "to", "float", "clone", "detach", "interpolate",
 }  # fmt: skip
+POOLS = {f"{kind}_pool{k}d": k for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max") for k in (1, 2, 3)}
 SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "__sub__", "mul", "__mul__"}
+NORMS = {
+    "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training"),
+    "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,13 +68,26 @@ class Coupling:
         """What one forward pass of a batch of inputs shows; the model is read in evaluation mode."""
         found, own = Coupling(), task.running(model)
         tracer = _Tracer(own, found, samples(inputs))
-        handle = own.register_forward_hook(lambda layer, given, out: tracer.freeze(out))
-        with torch.no_grad(), tracer:
-            tracer.freeze(task.outputs(own, inputs))
-        handle.remove()
+        handles = [
+            own.register_forward_hook(lambda layer, given, out: tracer.freeze(out)),
+            register_module_forward_pre_hook(
+                lambda layer, given: tracer.freeze(given) if _is_compiled(layer) else None
+            ),
+        ]
+        try:
+            with torch.no_grad(), tracer:
+                tracer.freeze(task.outputs(own, inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        tracer.freeze([list(vars(layer).values()) for layer in own.modules()])  # what a pass left for others to read
+        read = {found.root(label) for (_, axis), labels in found.axes.items() if axis == 1 for label in labels}
         for (name, _), labels in found.axes.items():
             if tracer.reads[name] != 1:  # what else reads a parameter needs all of it
                 found.frozen.update(labels)
+            found.frozen.update(
+                label for label in labels if found.root(label) not in read
+            )  # read out of sight, if at all
         return found
 
     def root(self, label: int) -> int:
@@ -109,107 +132,147 @@ class _Tracer(TorchFunctionMode):
     def __init__(self, model: nn.Module, found: Coupling, count: int) -> None:
         super().__init__()
         self.found, self.samples, self.reads = found, count, Counter[str]()
-        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        every = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        uses = Counter(id(tensor) for part in every for _, tensor in part)
         self.names = {
-            id(p): f"{layer}.{part}".lstrip(".")
+            id(tensor): f"{layer}.{part}".lstrip(".")
             for layer, module in model.named_modules()
-            for part, p in module.named_parameters(recurse=False)
-            if isinstance(module, KNOWN) and part in ("weight", "bias") and uses[id(p)] == 1
+            for part, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            if isinstance(module, KNOWN) and part in OWN and uses[id(tensor)] == 1
         }
         self.labels: dict[int, tuple[int, ...]] = {}
         self.alive: list[Any] = []  # no id may be used twice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        given = dict(kwargs or {})
-        before = [self.labels.get(id(t)) for t in tensors((args, given))]  # in-place functions change their input
+        given, name = dict(kwargs or {}), getattr(func, "__name__", "")
         result = func(*args, **given)
-        if tensors(result):
-            self.reads.update(self.names[id(t)] for t in tensors((args, given)) if id(t) in self.names)
-        if isinstance(result, Tensor):
-            self.alive.append((result, args, given))
-            labels = self._handed(getattr(func, "__name__", ""), args, given, result, before)
-            if labels is None:
-                self.freeze((args, given))
-                self.labels.pop(id(result), None)
-            elif result.dim() > 1 and len(labels) == result.shape[1]:
-                self.labels[id(result)] = labels
-            else:
-                self.found.frozen.update(labels)
-        elif tensors(result):
+        if name in FORMAL and not tensors(result):
+            return result
+        self.reads.update(self.names[id(t)] for t in tensors((args, given)) if id(t) in self.names)
+        self.alive.append((result, args, given))
+        labels = self._handed(name, args, given, result) if isinstance(result, Tensor) else None
+        if labels is None:
             self.freeze((args, given))
+            self.labels.pop(id(result), None)
+        elif result.dim() > 1 and len(labels) == result.shape[1]:
+            self.labels[id(result)] = labels
+        else:
+            self.found.frozen.update(labels)
         return result
 
     def freeze(self, things: Any) -> None:
         for tensor in reachable(things):
             self.found.frozen.update(self.labels.get(id(tensor), ()))
 
-    def _handed(self, name: str, args: Any, given: Any, out: Tensor, before: list[Any]) -> tuple[int, ...] | None:
+    def _handed(self, name: str, args: Any, given: Any, out: Tensor) -> tuple[int, ...] | None:
         """The labels of a result's channels, or None where the function is not known to keep channels apart."""
-        mine: tuple[int, ...] | None = before[0] if before else None
-        if name in ("conv1d", "conv2d", "conv3d", "linear"):
-            return self._layer(name, args, given, out, mine)
+        if name in CONVOLUTIONS or name == "linear":
+            return self._layer(name, arguments(name, args, given), out)
+        things = tensors((args, given))
+        known = [self.labels.get(id(t)) for t in things]
+        mine = known[0] if known else None
         if mine is None:
-            return None if any(before) else ()
-        if name in ("batch_norm", "instance_norm"):
-            own = [self.names[id(p)] for p in tensors((args[3:], given)) if id(p) in self.names]
-            self.found.axes |= dict.fromkeys([(one, 0) for one in own], mine)
-            return mine if any(one.endswith("weight") for one in own) else None  # a scale of 0 makes its channel 0
-        if name == "prelu" and args[1].numel() > 1:
-            return None
+            return None if any(known) else ()
+        x = things[0]
+        if name in NORMS:
+            return mine if self._norm(NORMS[name], args, given, mine) else None
+        if name == "prelu":
+            return mine if things[1].numel() == 1 or self._own([things[1]], mine) else None
+        if name == "hardtanh":
+            return mine if _at(args, given, 1, "min_val", -1) <= 0 <= _at(args, given, 2, "max_val", 1) else None
         if name in CHANNELWISE:
             return mine
-        if name in SUMS and len(before) == 2 and before[1] is not None and args[0].shape == args[1].shape:
-            self.found.join(mine, before[1])
-            return mine
-        if name == "cat" and (given.get("dim", args[1] if len(args) > 1 else 0)) == 1 and all(before):
-            return tuple(label for part in before for label in part)
-        if name == "pad" and len(args[1]) <= 2 * (args[0].dim() - 2) and not any(args[2:]) and not given.get("value"):
-            return mine
-        return self._reshaped(name, args, given, out, mine)
+        if name in POOLS:  # a sample without its batch has channels on another axis
+            return mine if x.dim() == POOLS[name] + 2 else None
+        if name in SUMS and len(things) == 2 and known[1] is not None and given.keys() <= {"input", "other"}:
+            fits = x.dim() == things[1].dim() and len(mine) == len(known[1]) == out.shape[1]
+            if fits:
+                self.found.join(mine, known[1])
+            return mine if fits else None
+        if name == "cat":
+            side = _at(args, given, 1, "dim", 0) % x.dim() == 1 and all(known)
+            return tuple(label for part in known for label in part or ()) if side else None
+        if name == "pad":
+            within = len(_at(args, given, 1, "pad", ())) <= 2 * (x.dim() - 2)
+            return mine if within and not _at(args, given, 3, "value", 0) else None
+        return self._reshaped(name, args, given, out, x, mine)
 
-    def _reshaped(self, name: str, args: Any, given: Any, out: Tensor, mine: tuple[int, ...]) -> tuple[int, ...] | None:
-        x = args[0]
-        if name in ("mean", "sum", "amax"):
-            dims = given.get("dim", args[1] if len(args) > 1 else None)
-            dims = (dims,) if isinstance(dims, int) else dims
-            apart = dims is not None and all(d % x.dim() > 1 for d in dims)
-            return mine if apart else None
-        if name in ("flatten", "reshape", "view") and out.dim() == 2 and out.shape[1] % len(mine) == 0:
-            return tuple(label for label in mine for _ in range(out.shape[1] // len(mine)))
-        if name == "__getitem__" and isinstance(args[1], tuple) and out.dim() == x.dim():
-            whole = all(part == slice(None) for part in args[1][:2])
-            return mine if whole else None
+    def _reshaped(
+        self, name: str, args: Any, given: Any, out: Tensor, x: Tensor, mine: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """The labels behind what leaves samples and channels on their axes, or lays each sample flat."""
+        if name in ("mean", "sum", "amax", "squeeze", "unsqueeze"):
+            dims = _at(args, given, 1, "dim", None)
+            dims = (dims,) if isinstance(dims, int) else dims or ()
+            within = [d % (x.dim() + (name == "unsqueeze")) > 1 for d in dims]
+            return mine if within and all(within) else None
+        if name == "flatten":
+            start = _at(args, given, 1, "start_dim", 0) % x.dim()
+            return None if start == 0 else mine if start > 1 else _repeated(mine, out.shape[1])
+        if name in ("view", "reshape"):
+            whole = args[1:] in ((x.shape[0], -1), ((x.shape[0], -1),), ([x.shape[0], -1],))
+            return _repeated(mine, out.shape[1]) if whole and not given else None
+        if name == "__getitem__" and isinstance(args[1], tuple) and all(isinstance(part, slice) for part in args[1]):
+            return mine if args[1][:2] == (slice(None), slice(None)) else None
         return None
 
-    def _layer(self, name: str, args: Any, given: Any, out: Tensor, mine: Any) -> tuple[int, ...] | None:
-        x, weight = args[0], args[1] if len(args) > 1 else given["weight"]
-        known = self.names.get(id(weight))
-        bias = given.get("bias", args[2] if len(args) > 2 else None)
-        groups = given.get("groups", args[6] if len(args) > 6 else 1)
+    def _norm(self, names: tuple[str, ...], args: Any, given: Any, mine: tuple[int, ...]) -> bool:
+        """Whether a norm's results are 0 where its own parameters, or the input and the running mean, are."""
+        _, mean, _, weight, bias, batch = (_at(args, given, at, name, None) for at, name in enumerate(names))
+        if weight is not None:
+            return self._own([weight] if bias is None else [weight, bias], mine)
+        return bias is None and mean is not None and not batch and self._own([mean], mine)
+
+    def _own(self, parts: list[Tensor], labels: tuple[int, ...]) -> bool:
+        """Give the first axis of a layer's own tensors these labels; False where they are somebody else's."""
+        names = [self.names.get(id(part)) for part in parts]
+        if any(name is None or (name, 0) in self.found.axes for name in names):
+            for name in names:
+                self.found.frozen.update(self.found.axes.get((name or "", 0), ()))
+            return False
+        self.found.axes |= {(str(name), 0): labels for name in names}
+        return True
+
+    def _layer(self, name: str, bound: Mapping[str, Any], out: Tensor) -> tuple[int, ...] | None:
+        x, weight, bias, groups = (bound[part] for part in ("input", "weight", "bias", "groups"))
+        known, mine, groups = self.names.get(id(weight)), self.labels.get(id(x)), groups or 1
         if known in self.found.uses:  # what is used twice has both uses' channels to serve
             self.found.frozen.update((*self.found.uses[known].rows, *self.found.uses[known].columns))
-        axes = 2 if name == "linear" else int(name[4]) + 2
+        axes = 2 if name == "linear" else CONVOLUTIONS[name] + 2
         if known is None or known in self.found.uses or x.dim() != axes:
             return None
         columns = mine if mine is not None else (0,) * x.shape[1]
         depthwise = groups > 1 and groups == x.shape[1] == len(weight)
-        if groups > 1 and not depthwise:
-            self.found.frozen.update(columns)
         first = len(self.found.roots)
         rows = columns if depthwise else tuple(range(first, first + len(weight)))
         if not depthwise:
             self.found.roots += rows
         if groups > 1 and not depthwise:
-            self.found.frozen.update(rows)
+            self.found.frozen.update((*rows, *columns))
+            columns = columns[: weight.shape[1]]  # as many as each row reads
         else:
             self.found.axes[known, 0] = rows
             if not depthwise:
                 self.found.axes[known, 1] = columns
-            if bias is not None and id(bias) not in self.names:
+            if bias is not None and not self._own([bias], rows):
                 self.found.frozen.update(rows)
-            elif bias is not None:
-                self.found.axes[self.names[id(bias)], 0] = rows
+                self.freeze(bias)
         work = max(1, out.numel() // (self.samples * out.shape[1])) * math.prod(weight.shape[2:])
-        grouped = groups > 1 and not depthwise
-        self.found.uses[known] = Use(rows, columns, depthwise, work // groups if grouped else work)
+        self.found.uses[known] = Use(rows, columns, depthwise, work)
         return rows
+
+
+def _is_compiled(layer: nn.Module) -> bool:
+    """Whether what a layer does is out of sight."""
+    return isinstance(layer, torch.jit.ScriptModule)
+
+
+def _at(args: Any, given: Mapping[str, Any], at: int, name: str, otherwise: Any) -> Any:
+    """An argument of a call, given by its place or by its name."""
+    return args[at] if len(args) > at else given.get(name, otherwise)
+
+
+def _repeated(labels: tuple[int, ...], count: int) -> tuple[int, ...] | None:
+    """Each label as often as its channel has places, where all have as many."""
+    times, rest = divmod(count, max(len(labels), 1))
+    return None if rest else tuple(label for label in labels for _ in range(times))
