@@ -221,8 +221,10 @@ def _ledger(data: bytes) -> list[Row]:
     header = Header.read(Memory(data), sys.maxsize)
     rows, seen = [], dict[int, str]()
     shrunk, pools = header.coded / max(header.plain, 1), {pool.form: pool for pool in header.pools}
+    rules = header.meta.get("rules")
     for name, tensor in header.tensors.items():
-        shape, note, kinds, told = tensor.tree.shape, tensor.note, _kinds(tensor.tree), header.told[name]
+        shape, kinds, told = tensor.tree.shape, _kinds(tensor.tree), header.told[name]
+        note = _ruled(tensor.note, rules[name]) if isinstance(rules, dict) and name in rules else tensor.note
         share = int(told.header * shrunk)
         if id(tensor) in seen:
             rows.append(Row(name, "tied", shape, "", 0, 0, share, 0, None, f"tied to {seen[id(tensor)]}"))
@@ -238,6 +240,13 @@ def _ledger(data: bytes) -> list[Row]:
         rows.append(Row(name, kinds, shape, used, payload, tables, share, math.prod(shape), tensor.error, note))
     own = len(data) - sum(row.total for row in rows)
     return [*rows, Row("(file)", "", (), "", 0, 0, own, 0, None, "magic, version, lengths, checks, notes")]
+
+
+def _ruled(note: str, rule: Any) -> str:
+    """A note with the rule that it is due to, or beside which it stands."""
+    if note.endswith("by a rule"):
+        return f"{note.removesuffix('a rule')}the rule {str(rule)!r}"
+    return f"{note}; by the rule {str(rule)!r}".removeprefix("; ")
 
 
 def _kinds(tree: Tree) -> str:

@@ -1,5 +1,7 @@
 """The network under work: every tensor as a tree, so that a draft is itself a file."""
 
+import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,15 +13,18 @@ import torch
 from torch import nn
 
 from tersenet.artifact import FLOATS, Artifact, Coding, Tensor, as_stored, relative_error
+from tersenet.journal import Journal
 from tersenet.norms import FOLDED
 from tersenet.packed import Array, Packed, Tree, map_arrays, unpack
 from tersenet.task import duplicate
 
 KEPT = "dense: no stage packed it"
+KEPT_BY_RULE = "dense: kept by a rule"
 BUFFER = "dense: a buffer, kept bit for bit"
 PRECISION = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 NOT_FINITE = "dense: NaN or infinite values"
 EIGHT_BITS = "dense: 8-bit floats, kept bit for bit"
+RULES_CAP = 30_000  # bytes of the rules that a file tells; its notes hold 64 KiB in all
 # Last parts of the names of what is no weight, for arrays that come without their module.
 BUFFERS = (
     "running_*", "moving_mean", "moving_var*", "mean", "var", "std", "pixel_mean", "pixel_std", "num_batches_tracked",
@@ -33,13 +38,18 @@ class Draft:
     """The network under work: its module (None where only arrays were given) and every tensor as a tree.
 
     `folded` has, by the name of a folded norm, the weight that took its scale and, of a transposed convolution, its
-    groups (else 0): of those norms for which the order of the tensors does not tell it (`folding.py`).
+    groups (else 0): of those norms for which the order of the tensors does not tell it (`folding.py`). `left` has the
+    names that no stage may change, and `rules` those that a rule packed, each with the text of the rule (`where.py`).
+    `journal` is where stages write what they do.
     """
 
     model: nn.Module | None
     tensors: Mapping[str, Tensor]
     trainable: frozenset[str] = frozenset()
     folded: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+    rules: Mapping[str, str] = field(default_factory=dict)
+    journal: Journal = field(default_factory=Journal, compare=False, repr=False)
 
     @staticmethod
     def of_model(model: nn.Module) -> "Draft":
@@ -77,9 +87,14 @@ class Draft:
                 names.append(name)
         return names
 
+    def count(self) -> int:
+        """How many numbers the draft's tensors hold, tied ones once."""
+        unique = {id(tensor): tensor for tensor in self.tensors.values()}
+        return sum(math.prod(tensor.tree.shape) for tensor in unique.values())
+
     def with_trees(self, trees: Mapping[str, Tree], note: str = "") -> "Draft":
-        """The draft with new trees for some names; names tied to these follow, and what is folded stays so."""
-        before = {name: (self.tensors[name], tree) for name, tree in trees.items()}
+        """The draft with new trees for some names; names tied to these follow, what is folded or `left` stays so."""
+        before = {name: (self.tensors[name], tree) for name, tree in trees.items() if name not in self.left}
         renewed = {id(b): replace(b, tree=t, note=FOLDED if b.note == FOLDED else note) for b, t in before.values()}
         return replace(self, tensors={n: renewed.get(id(t), t) for n, t in self.tensors.items()})
 
@@ -113,7 +128,9 @@ def artifact_of(draft: Draft, coding: Coding | None = None, original: Mapping[st
             error = relative_error(tensor.unpack(), original[name].unpack())
             error = None if not error and not isinstance(tensor.tree, Packed) else error
         done.setdefault(id(tensor), replace(tensor, error=error))
-    meta = {"folded": dict(draft.folded)} if draft.folded else {}
+    meta: dict[str, Any] = {"folded": dict(draft.folded)} if draft.folded else {}
+    if rules := {**draft.rules, **draft.left}:
+        meta |= {"rules": rules} if len(json.dumps(rules)) < RULES_CAP else {}
     return Artifact({name: done[id(t)] for name, t in draft.tensors.items()}, coding or Coding(), meta)
 
 

@@ -1,0 +1,138 @@
+"""Rules: which weights something is for, by name, by kind of layer, by size.
+
+A rule is a pair (where, what). Among rules one that gives a weight's exact name comes first, then the first that
+matches. A rule that decides about nothing is an error, since it is most likely misspelt.
+"""
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import numpy as np
+from torch import nn
+
+from tersenet.draft import KEPT_BY_RULE, Draft
+from tersenet.norms import FOLDED
+
+What = TypeVar("What")
+# By the layer that owns a parameter; one that belongs to none of them goes by its axes.
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "linear": (nn.Linear, nn.Bilinear),
+    "conv1d": (nn.Conv1d,),
+    "conv2d": (nn.Conv2d,),
+    "conv3d": (nn.Conv3d,),
+    "conv_transpose1d": (nn.ConvTranspose1d,),
+    "conv_transpose2d": (nn.ConvTranspose2d,),
+    "conv_transpose3d": (nn.ConvTranspose3d,),
+    "embedding": (nn.Embedding, nn.EmbeddingBag),
+    "recurrent": (nn.RNNBase, nn.RNNCellBase),
+    "attention": (nn.MultiheadAttention,),
+    "norm": (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    "vector": (),
+    "other": (),
+}
+BY_AXES = {1: "vector", 2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+SHOWN = 20  # names in an error
+
+
+@dataclass(frozen=True)
+class Where:
+    """Weights by patterns of their names and of the kinds of their layers, and by their least number of values.
+
+    >>> str(Where("conv*", least=1000)), str(Where(kind="embedding"))
+    ('conv* least:1000', 'kind:embedding')
+    """
+
+    name: str = "*"
+    kind: str = "*"
+    least: int = 0
+
+    def __post_init__(self) -> None:
+        if not any(fnmatchcase(kind, self.kind) for kind in KINDS):
+            raise ValueError(f"Where: no kind {self.kind!r}; there are {', '.join(KINDS)}")
+
+    @staticmethod
+    def of(text: str) -> "Where":
+        """The value of its text: a pattern of names, and after blanks `kind:` and `least:` where they matter.
+
+        >>> Where.of("kind:conv*")
+        Where(name='*', kind='conv*', least=0)
+        """
+        name, kind, least = "*", "*", "0"
+        for part in text.split():
+            if part.startswith("kind:"):
+                kind = part.removeprefix("kind:")
+            elif part.startswith("least:"):
+                least = part.removeprefix("least:")
+            else:
+                name = part
+        if not least.isdecimal():
+            raise ValueError(f"the rule {text!r}: least is a number of values, as in 'least:1000'")
+        return Where(name, kind, int(least))
+
+    def __str__(self) -> str:
+        given = [f"kind:{self.kind}"] * (self.kind != "*") + [f"least:{self.least}"] * (self.least > 0)
+        return " ".join([self.name] * (self.name != "*" or not given) + given)
+
+
+def chosen(draft: Draft, rules: Sequence[tuple[Where | str, What]]) -> dict[str, tuple[str, What]]:
+    """For each weight that a rule decides about, the text of the rule and what it says.
+
+    Raises ValueError for a rule that decides about none.
+    """
+    return _chosen(draft, rules, draft.weights())
+
+
+def kept(draft: Draft, patterns: Iterable[Where | str]) -> Draft:
+    """The draft with what the patterns match kept bit for bit by every stage, vectors such as biases too.
+
+    Raises ValueError for a pattern that matches nothing.
+    """
+    found = _chosen(draft, [(pattern, None) for pattern in patterns], sorted(draft.trainable & draft.tensors.keys()))
+    rules = {id(draft.tensors[name]): rule for name, (rule, _) in found.items()}
+    left = {name: rules[id(tensor)] for name, tensor in draft.tensors.items() if id(tensor) in rules}
+    notes = {name: KEPT_BY_RULE for name in left if draft.tensors[name].note != FOLDED}
+    return replace(draft.with_notes(notes), left={**draft.left, **left}, trainable=draft.trainable - left.keys())
+
+
+def _chosen(
+    draft: Draft, rules: Sequence[tuple[Where | str, What]], names: Sequence[str]
+) -> dict[str, tuple[str, What]]:
+    alike: dict[int, list[str]] = {}
+    for name, tensor in draft.tensors.items():
+        alike.setdefault(id(tensor), []).append(name)
+    layers = {} if draft.model is None else dict(draft.model.named_modules(remove_duplicate=False))
+    wheres = [_where(rule, draft.tensors) for rule, _ in rules]
+    found, used = dict[str, tuple[str, What]](), set[int]()
+    for name in names:
+        shape, tied = draft.tensors[name].tree.shape, alike[id(draft.tensors[name])]
+        kinds = {_kind(layers, one, shape) for one in tied}
+        for k in sorted(range(len(rules)), key=lambda k: wheres[k].name not in tied):  # exact names first
+            where = wheres[k]
+            pattern = where.name not in draft.tensors  # what is a name is no pattern
+            named = any(fnmatchcase(one, where.name) for one in tied) if pattern else where.name in tied
+            fits = any(fnmatchcase(kind, where.kind) for kind in kinds) and np.prod(shape) >= where.least
+            if named and fits:
+                found[name] = str(where), rules[k][1]
+                used.add(k)
+                break
+    if idle := [str(where) for k, where in enumerate(wheres) if k not in used]:
+        there = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        raise ValueError(f"the rule {idle[0]!r} decides about no weight; there are {there or 'none left'}")
+    return found
+
+
+def _where(rule: Where | str, names: Container[str]) -> Where:
+    """A rule's first part as a value; a text that is a name is that name, whatever it looks like."""
+    if isinstance(rule, Where):
+        return rule
+    return Where(rule) if rule in names else Where.of(rule)
+
+
+def _kind(layers: dict[str, nn.Module], name: str, shape: Sequence[int]) -> str:
+    """The kind of a parameter: of the layer that owns it, also through a parametrization, or as its axes tell."""
+    before, hidden, _ = name.partition(".parametrizations.")
+    layer = layers.get(before if hidden else name.rpartition(".")[0])
+    told = (kind for kind, types in KINDS.items() if isinstance(layer, types))
+    return next(told, BY_AXES.get(len(shape), "other"))
