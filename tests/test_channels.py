@@ -18,6 +18,7 @@ import tersenet as tn
 from tersenet.allocators.amc import AMC, Problem, RandomSearch, walled
 from tersenet.artifact import load
 from tersenet.draft import Draft, artifact_of
+from tersenet.journal import Journal, read
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import Sliced, unpack
 from tersenet.realise import realise
@@ -195,13 +196,17 @@ def test_searches_repeat_themselves_and_resume_without_asking_twice(search, tmp_
         return min(ratios)
 
     counting = Problem(problem.sizes, problem.features, problem.cost, problem.most, counted)
-    assert search.allocate(counting, tmp_path) == whole
-    first, file = len(asked), tmp_path / "scores.jsonl"
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join(lines[:5]) + "\n" + lines[5][:7])  # stopped while the sixth was written
-    assert search.allocate(counting, tmp_path) == whole
+    journal = Journal()
+    journal.open(tmp_path)
+    assert search.allocate(counting, journal, "a search") == whole
+    first, lines = len(asked), journal.path.read_text().splitlines()
+    journal.path.write_text("\n".join(lines[:5]) + "\n" + lines[5][:7])  # stopped while the sixth was written
+    again = Journal()
+    again.open(tmp_path)
+    assert search.allocate(counting, again, "a search") == whole
     assert len(asked) == first + len(lines) - 5
-    assert json.loads(file.read_text().splitlines()[0]) == json.loads(lines[0])
+    assert [row["score"] for row in read(journal.path)] == [json.loads(line)["score"] for line in lines]
+    assert search.allocate(counting, again, "another") == whole and len(asked) == first + 2 * len(lines) - 5
 
 
 def test_a_budget_under_the_least_of_every_layer_is_refused():
@@ -220,13 +225,13 @@ def test_the_agent_learns_what_the_score_asks_for():
     assert np.mean(scores[-30:]) > np.mean(scores[:20]) + 0.1
 
 
-def test_amc_prunes_a_network_within_its_budget(task, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_amc_prunes_a_network_within_its_budget(task):
     own = copy.deepcopy(task.model)
     plan = Plan.of(Draft.of_model(own), task, 64)
-    draft = SearchChannels(0.6, AMC(6, 2), samples=64)(Draft.of_model(own), task)
+    begin = Draft.of_model(own)
+    draft = SearchChannels(0.6, AMC(6, 2), samples=64)(begin, task)
     assert Coupling.of(task, small(draft), task.test[0][:2]).macs(set()) <= 0.6 * plan.macs()
-    assert len(list((tmp_path / "tersenet").glob("amc-*/scores.jsonl"))) == 1
+    assert 0 < len(begin.journal.rows) <= 6 and all("score" in row for row in begin.journal.rows)
     assert tn.papers.amc(0.4, 8)[0].search.episodes == 8
 
 
@@ -295,14 +300,12 @@ def test_wide_layers_are_fitted_again_block_by_block(branches, monkeypatch):
     assert error(whole) < error(blocks) < 0.9 * error(replace(whole, found={}))
 
 
-def test_a_search_makes_less_of_a_metric_that_is_better_with_less(task, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_search_makes_less_of_a_metric_that_is_better_with_less(task):
     metric = Metric(F.cross_entropy, better="less")
     own = replace(task, metric=metric, model=copy.deepcopy(task.model))
     draft = Draft.of_model(own.model)
     found = SearchChannels(0.6, RandomSearch(8), samples=64, scored=100)(draft, own)
-    file = next((tmp_path / "tersenet").glob("amc-*/scores.jsonl"))
-    scores = [json.loads(line)[1] for line in file.read_text().splitlines()]
+    scores = [row["score"] for row in draft.journal.rows]
     assert max(scores) < 0
     part = list(own.held().batches(100))[:1]
     assert own.score(part, found.module()) == pytest.approx(-max(scores), rel=1e-5)

@@ -10,19 +10,20 @@ from tersenet.artifact import Artifact, Tensor
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
     "packed": "", "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "information": "",
-    "task": "data", "likelihood": "task data", "allocators": "task",
+    "task": "data", "likelihood": "task data", "allocators": "task journal",
     "codecs": "native", "container": "packed codecs",
     "norms": "container", "artifact": "container packed codecs norms realise",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
     "calibrate": "task data likelihood tracing",
-    "draft": "packed task artifact norms", "run": "draft task artifact",
+    "draft": "packed task artifact norms journal", "run": "draft task artifact journal key origins data",
     "folding": "draft norms packed artifact task tracing",
     "waterfilling": "draft folding methods calibrate packed task artifact allocators data likelihood tracing",
     "stages": "waterfilling draft run folding methods calibrate packed task artifact allocators data likelihood tracing"
-              " norms structure",
+              " norms structure checkpoint key",
     "papers": "stages methods allocators run",
-    "promise": "artifact budget calibrate draft folding likelihood packed papers run stages task waterfilling",
+    "promise": "journal artifact budget calibrate draft folding likelihood packed papers run stages task waterfilling",
     "recipe_file": "papers stages methods run",
+    "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
     "origins": "", "key": "origins", "journal": "artifact", "checkpoint": "journal key",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact",
@@ -32,7 +33,7 @@ MAY = {
 TORCH = {"realise", "chains",
          "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling", "tracing", "stages",
          "promise", "threelc", "information", "norms", "data", "likelihood", "key",
-         "checkpoint"}  # fmt: skip
+         "checkpoint", "where", "statistics"}  # fmt: skip
 
 
 def imports(file: Path):

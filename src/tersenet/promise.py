@@ -15,9 +15,10 @@ from tersenet.budget import Budget, PromiseBroken
 from tersenet.calibrate import moments
 from tersenet.draft import Draft, artifact_of, dense_array
 from tersenet.folding import refolded
+from tersenet.journal import Row
 from tersenet.likelihood import Likelihood
 from tersenet.packed import Array, Packed
-from tersenet.run import Choice, Recipe, Result, Row, cache_folder, run
+from tersenet.run import Choice, Recipe, Result, cache_folder, run
 from tersenet.task import Task, duplicate, one_thread
 from tersenet.waterfilling.knowledge import Knowledge
 from tersenet.waterfilling.search import to_drop, to_size
@@ -75,7 +76,7 @@ def compress(
         chosen = None
         if task is not None and budget is not None and budget.drop is not None and recipe is None:
             chosen = Choice.of(task, artifact)
-    result = Result(artifact, before, after, time.monotonic() - begun, rows, chosen)
+    result = Result(artifact, before, after, time.monotonic() - begun, rows, chosen, draft.journal.path)
     # A drop without a recipe was kept on the data for choosing; what the test split says is reported beside it.
     _keep_promise(result, None if recipe is None and budget and budget.drop is not None else budget, task, original)
     return result

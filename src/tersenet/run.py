@@ -1,22 +1,26 @@
 """Run a recipe: stages take a draft to a draft, and each one's result is kept under the key of all that led to it."""
 
 import hashlib
-import itertools
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from tersenet.artifact import Artifact, Coding, FormatError, load
+from tersenet.data import is_pair
 from tersenet.draft import Draft, artifact_of, dense_array
+from tersenet.journal import Journal, Row, memory
+from tersenet.key import Uncacheable, key_of
+from tersenet.origins import versions
 from tersenet.task import Task, duplicate
 
-FORMAT = 2  # of what is kept between runs: raise it when a stage's meaning changes
+QUICK = Coding(("bits", "context"))  # for the bytes that rows tell
 
 
 class Stage(Protocol):
@@ -27,9 +31,6 @@ class Stage(Protocol):
 
 
 Recipe = Sequence[Stage]
-
-
-Row = dict[str, Any]  # what a stage did: the stage, the density, the metric on the data for choosing, seconds
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Result:
     """What compressing gave: the artifact and, where the task has test data, the metric before and after.
 
     `after` is measured on the file's bytes, opened again. `rows` tell what each stage, and each round of it, reached;
-    `choice` tells what a drop was kept on.
+    `choice` tells what a drop was kept on. All that the run did stands in its `journal`, a file of JSON lines.
     """
 
     artifact: Artifact
@@ -74,6 +75,7 @@ class Result:
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
     choice: Choice | None = None
+    journal: Path | None = None
 
     def __str__(self) -> str:
         text = f"{self.artifact}\n"
@@ -85,31 +87,74 @@ class Result:
 
 
 def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, log: Callable[[Row], None]) -> Draft:
-    """Run the stages and log a row for each; keep each result in `folder` under the hash of what led to it.
+    """Run the stages and log a row for each; keep each result in `folder` under the key of all that led to it.
 
-    A run that was stopped goes on after the last result that was kept. A stage with `parts`, such as the rounds of
-    pruning, is kept part by part.
+    A run that was stopped goes on after the last result that was kept, and in the middle of a training. A stage with
+    `parts`, such as the rounds of pruning, is kept part by part. What the run does is written into the draft's journal,
+    which lies in a folder of its own in `folder`. Where something cannot be looked into, or changes as it is used,
+    nothing is kept, which is said on stderr.
     """
-    mark = hashlib.sha256(f"{FORMAT}{task.digest() if task else ''}".encode())
-    if task is None:
-        mark.update(artifact_of(draft).to_bytes())
-    for stage in itertools.chain.from_iterable(map(_parts, recipe)):
-        mark.update(repr(stage).encode())
-        kept = None if folder is None else folder / f"{mark.hexdigest()[:24]}.terse"
-        begun = time.monotonic()
+    begun, journal = time.monotonic(), draft.journal
+    stages = [part for stage in recipe for part in _parts(stage)]
+    marks, moving = [""] * (1 + len(stages)), ""
+    try:
+        if folder is not None:
+            marks, moving = _marks(draft, task, stages), key_of(_moving(task))
+            journal.open(folder / marks[-1])
+    except Uncacheable as reason:
+        folder = None
+        _unkept(journal, str(reason))
+    journal.write(run=[str(stage) for stage in recipe], key=marks[-1], **versions())
+    for stage, mark in zip(stages, marks[1:], strict=True):
+        kept = None if folder is None else folder / f"{mark}.terse"
+        since = time.monotonic()
         earlier = _kept(kept)
         if earlier is not None:
-            draft = replace(draft, tensors=earlier.tensors, folded=earlier.meta.pop("folded", {}))
-            log({**earlier.meta, "kept": True})
-            continue
-        draft = stage(draft, task)
-        row = {"stage": str(stage), **_measured(draft, task), "seconds": round(time.monotonic() - begun, 1)}
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            facts = {name: earlier.meta.pop(name, {}) for name in ("folded", "rules")}
+            draft = replace(draft, tensors=earlier.tensors, **facts)
+            row = {**earlier.meta, "kept": True}
+        else:
+            draft = stage(draft, task)
             whole = artifact_of(draft)
-            Artifact(whole.tensors, Coding(("bits",)), {**whole.meta, **row}).save(kept)
+            row = {"stage": str(stage), **_measured(draft, task), "bytes": Artifact(whole.tensors, QUICK).nbytes}
+            row |= {"seconds": round(time.monotonic() - since, 1), "memory": memory()}
+            if folder is not None and key_of(_moving(task)) != moving:
+                folder = kept = None
+                _unkept(journal, "the task's data or functions change as they are used")
+            if kept is not None:
+                Artifact(whole.tensors, Coding(("bits",)), {**whole.meta, **row}).save(kept)
+            journal.clear()
+        journal.write(**row)
         log(row)
+    journal.write(end=True, seconds=round(time.monotonic() - begun, 1), memory=memory())
     return draft
+
+
+def _marks(draft: Draft, task: Task | None, stages: Recipe) -> list[str]:
+    """The key of what a run begins with, and of that with the first stage, the first two, and so on.
+
+    Raises Uncacheable where something cannot be looked into.
+    """
+    facts = {part.name: getattr(draft, part.name) for part in fields(draft) if part.name != "journal"}
+    mark = hashlib.sha256((key_of(task) + key_of(facts, "draft")).encode())
+    marks = [mark.hexdigest()[:24]]
+    for stage in stages:
+        mark.update(key_of(stage, type(stage).__name__).encode())
+        marks.append(mark.hexdigest()[:24])
+    return marks
+
+
+def _moving(task: Task | None) -> Task | None:
+    """The part of a task that may change as it is used: all but arrays in memory."""
+    still: dict[str, Any] = {name: None for name in ("train", "test", "valid") if is_pair(getattr(task, name, None))}
+    return task and replace(task, **still)
+
+
+def _unkept(journal: Journal, reason: str) -> None:
+    """Say that nothing is kept."""
+    journal.open(None)
+    journal.write(unkept=reason)
+    print(f"tersenet: nothing is kept between runs: {reason}", file=sys.stderr)
 
 
 def _parts(stage: Stage) -> Sequence[Stage]:

@@ -7,11 +7,9 @@ one kind.
 
 import contextlib
 import copy
-import hashlib
 import math
 import os
 import sys
-import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -347,24 +345,6 @@ class Task:
                                 parameter.grad = parameter.grad.to_dense()
                         optimizer.step()
         return replace(self, model=model.cpu().eval(), snapshots=snapshots)
-
-    def digest(self) -> str:
-        """A fingerprint of weights, data and schedule: what a kept result depends on."""
-        functions = (self.loss, self.metric.function, self.augment, self.forward)
-        parts = [repr(self.schedule), *(getattr(f, "__qualname__", repr(f)) for f in functions)]
-        mark = hashlib.sha256(repr([*parts, self.metric.over, self.metric.better, self.likelihood]).encode())
-        taught = {} if self.teacher is None else self.teacher.state_dict()
-        told = [self.train, self.test, self.valid]
-        for data in told:
-            if data is not None and not is_pair(data):
-                mark.update(uuid.uuid4().bytes)  # what cannot be seen whole may be other data next time
-        states = [*self.model.state_dict().items(), *taught.items()]
-        given = [(str(k), t) for k, data in enumerate(told) if is_pair(data) for t in tensors(data)]
-        for name, tensor in [*states, *given]:
-            if isinstance(tensor, Tensor):
-                mark.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-                mark.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return mark.hexdigest()
 
     def _placed(self, things: Any) -> Any:
         return mapped(things, lambda tensor: tensor.to(self.device))

@@ -5,20 +5,20 @@ wall cuts the action so that the budget can still be met with all later layers a
 actions keeps it (section 3.2). After the last layer the network is scored once; the reward goes to every step.
 
 Where we differ: the wall searches counts of channels by the network's real cost, which knows that a layer's cost hangs
-on both its inputs and its outputs; scores are kept in a folder, so a search that was stopped goes on with the same
-actions and asks for no score twice. `RandomSearch` is the control: the same wall and as many episodes, but no agent.
+on both its inputs and its outputs; scores are written into the run's journal, so a search that was stopped goes on with
+the same actions and asks for no score twice. `RandomSearch` is the control: the same wall and as many episodes, but no
+agent.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tersenet.journal import Journal
 from tersenet.task import one_thread, progress
 
 
@@ -73,10 +73,10 @@ class RandomSearch:
     least: float = 0.2
     seed: int = 0
 
-    def allocate(self, problem: Problem, folder: Path | None = None) -> list[float]:
+    def allocate(self, problem: Problem, journal: Journal | None = None, key: str = "") -> list[float]:
         """The parts with the best score; raises ValueError where even the least parts cost too much."""
         problem.check(self.least)
-        generator, score = np.random.default_rng(self.seed), Scores(problem, folder)
+        generator, score = np.random.default_rng(self.seed), Scores(problem, journal or Journal(), key)
         tried: list[tuple[float, list[float]]] = []
         for _ in progress(range(self.episodes), "random search", self.episodes):
             ratios: list[float] = []
@@ -101,10 +101,10 @@ class AMC:
     guarantee: bool = False
     seed: int = 0
 
-    def allocate(self, problem: Problem, folder: Path | None = None) -> list[float]:
+    def allocate(self, problem: Problem, journal: Journal | None = None, key: str = "") -> list[float]:
         """The parts with the best reward; raises ValueError where even the least parts cost too much."""
         problem.check(self.least)
-        generator, score = np.random.default_rng(self.seed), Scores(problem, folder)
+        generator, score = np.random.default_rng(self.seed), Scores(problem, journal or Journal(), key)
         tried: list[tuple[float, list[float]]] = []
         with one_thread():
             agent = Agent(len(problem.features[0]) + 3, len(problem.sizes), self.seed)
@@ -133,28 +133,18 @@ def _state(problem: Problem, ratios: Sequence[float]) -> Tensor:
 
 
 class Scores:
-    """Scores of sequences of parts, kept line by line so that none is asked for twice."""
+    """Scores of sequences of parts, written into a journal under the search's key so that none is asked for twice."""
 
-    def __init__(self, problem: Problem, folder: Path | None) -> None:
-        self.score, self.found = problem.score, dict[tuple[float, ...], float]()
-        self.file = None if folder is None else folder / "scores.jsonl"
-        if self.file is not None and self.file.exists():
-            for line in self.file.read_text().splitlines():
-                try:
-                    ratios, value = json.loads(line)
-                    self.found[tuple(ratios)] = value
-                except ValueError:
-                    continue  # a line that was being written when the search was stopped
+    def __init__(self, problem: Problem, journal: Journal, key: str) -> None:
+        self.score, self.journal, self.key = problem.score, journal, key
+        self.found = {tuple(row["ratios"]): float(row["score"]) for row in journal.find(search=key)}
 
     def __call__(self, ratios: Sequence[float]) -> float:
-        key = tuple(round(r, 6) for r in ratios)
-        if key not in self.found:
-            self.found[key] = self.score(ratios)
-            if self.file is not None:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.open("a") as opened:
-                    opened.write(json.dumps([list(key), self.found[key]]) + "\n")
-        return self.found[key]
+        parts = tuple(round(r, 6) for r in ratios)
+        if parts not in self.found:
+            self.found[parts] = self.score(ratios)
+            self.journal.write(search=self.key, ratios=list(parts), score=self.found[parts])
+        return self.found[parts]
 
 
 class Agent:

@@ -9,7 +9,6 @@ A pruned weight is stored as what stays with the places it stays in (`Sliced`), 
 architecture, with zeros; norms and biases of channels that are gone are zeros too.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,20 +16,17 @@ import numpy as np
 import torch
 
 from tersenet.allocators.amc import AMC, Problem, RandomSearch
-from tersenet.artifact import Coding
 from tersenet.calibrate import Moments, moments
 from tersenet.data import Batch, samples
 from tersenet.draft import Draft, artifact_of, dense_array
 from tersenet.folding import untied
+from tersenet.key import key_of
 from tersenet.likelihood import Likelihood
 from tersenet.methods.sparse import kept_count, largest
 from tersenet.methods.surgeon import damped, solved
 from tersenet.packed import Array, Sliced, Sparse, Tree, narrowed
-from tersenet.run import cache_folder
 from tersenet.task import Task, one_thread
 from tersenet.tracing.coupling import Coupling
-
-BITS = Coding(("bits",))
 
 
 @dataclass(frozen=True)
@@ -222,9 +218,8 @@ class SearchChannels:
         def score(pruned: Draft) -> float:
             return float(task.metric.gain(task.score(part, artifact_of(pruned).into(model)), 0.0))
 
-        mark = hashlib.sha256(f"{task.digest()}{self}".encode() + artifact_of(draft, BITS).to_bytes())
-        folder = cache_folder() / f"amc-{mark.hexdigest()[:24]}"
-        return plan.pruned(self.search.allocate(plan.problem(self.macs, score), folder))
+        key = key_of((draft.tensors, self), "search")[:24]
+        return plan.pruned(self.search.allocate(plan.problem(self.macs, score), draft.journal, key))
 
 
 @dataclass(frozen=True)

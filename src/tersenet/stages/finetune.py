@@ -9,6 +9,8 @@ chose, and levels that are zero stay zero, so that the file does not grow.
 """
 
 import contextlib
+import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -20,6 +22,8 @@ from torch import nn
 from torch.func import functional_call
 
 from tersenet.artifact import Artifact, Tensor, as_stored
+from tersenet.checkpoint import Checkpoint, Place
+from tersenet.data import Stream, split_of
 from tersenet.draft import Draft
 from tersenet.norms import FOLDED, folded_norms
 from tersenet.packed import Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
@@ -51,12 +55,24 @@ def _trained(network: "_Network", task: Task, schedule: Schedule, epochs: range,
             still = isinstance(network, _Levels) and isinstance(layer, nn.modules.batchnorm._BatchNorm)
             if name in held or still:
                 layer.eval()
-        for epoch in progress(epochs, label, len(epochs)):
+        called = whole.model, task.loss, task.augment, task.forward, task.teacher
+        course = before.tensors, type(network).__name__, schedule, epochs, seed
+        checkpoint = Checkpoint(before.journal, optimizer, course, called)
+        place = checkpoint.restored(network.tensors()) or Place(epochs.start)
+        if isinstance(split_of(task.train, "train"), Stream):  # a loader may hang on how often it was read
+            for epoch in range(epochs.start, place.epoch):
+                deque(task.batches(epoch, seed, schedule.batch), 0)
+        left = range(place.epoch, epochs.stop)
+        for epoch in progress(left, label, len(left)):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(epoch)
-            loss: Array | None = None
+            done = place.batch
             with contextlib.closing(task.batches(epoch, seed, schedule.batch)) as batches:
-                for inputs, targets in batches:
+                for number, (inputs, targets) in enumerate(batches, 1):
+                    if number <= done:  # it was trained on before the stop
+                        if number == done:
+                            checkpoint.go_on()
+                        continue
                     optimizer.zero_grad(set_to_none=True)
                     state = {f"model.{name}": value for name, value in network.state().items()}
                     outputs = functional_call(whole, state, (inputs,), tie_weights=False)
@@ -64,12 +80,17 @@ def _trained(network: "_Network", task: Task, schedule: Schedule, epochs: range,
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                     network.follow({name.removeprefix("model."): value for name, value in state.items()})
-            if loss is None:
+                    place = Place(epoch, number, place.total + loss.item(), loss.item())
+                    checkpoint.keep(place, network.tensors())
+            if not place.batch:
                 raise ValueError("this stage trains the network, but the training data hold no batch")
-            if not bool(torch.isfinite(loss)):
+            if not math.isfinite(place.last):
                 raise ValueError(
-                    f"the loss became {loss.item()} in epoch {epoch}: lower the learning rate {schedule.lr}"
+                    f"the loss became {place.last} in epoch {epoch}: lower the learning rate {schedule.lr}"
                 )
+            mean = round(place.total / place.batch, 6)
+            before.journal.write(epoch=epoch, training=label, loss=mean, rate=schedule.rate(epoch))
+            place = Place(epoch + 1)
         return network.draft()
 
 
@@ -137,6 +158,10 @@ class _Network:
                     made = unpack(self.trees[id(tensor)]).to(getattr(torch, tensor.dtype))
                     dense[id(tensor)] = _Strided.apply(made)  # type: ignore[no-untyped-call]
         return {name: dense[id(tensor)] for name, tensor in self.before.tensors.items()}
+
+    def tensors(self) -> list[Array]:
+        """All that training changes."""
+        return [*self.leaves, *self.kept.values()]
 
     def follow(self, state: Mapping[str, Array]) -> None:
         """Take over buffers that the network has put in place of those it was given; it changes most in place."""
