@@ -21,7 +21,8 @@ from torch import Tensor as Array
 from tersenet.artifact import FLOATS, Artifact, Tensor
 from tersenet.draft import Draft
 from tersenet.norms import FOLDED, folded_norms
-from tersenet.packed import Packed, Sliced, Sparse, Tree, Uniform, unpack
+from tersenet.packed import Packed, Tree, Uniform, unpack
+from tersenet.structure import is_plain, refilled
 from tersenet.task import Task, one_thread
 from tersenet.tracing.feeding import STATISTICS, Pair, Reads
 
@@ -114,7 +115,9 @@ def _foldable(draft: Draft, pair: Pair) -> bool:
         return False
     names = [pair.weight, pair.bias, *(f"{pair.norm}.{part}" for part in ("weight", "bias", *STATISTICS))]
     own = [known[name] for name in names if name in known]
-    if any(counts[id(tensor)] > 1 or tensor.dtype not in FLOATS for tensor in own) or not _plain(own[0].tree):
+    if not draft.left.keys().isdisjoint(names):
+        return False
+    if any(counts[id(tensor)] > 1 or tensor.dtype not in FLOATS for tensor in own) or not is_plain(own[0].tree):
         return False
     if any(isinstance(tensor.tree, Packed) for tensor in own[1:]):
         return False
@@ -135,7 +138,7 @@ def _applied(draft: Draft, pairs: Sequence[Pair]) -> Draft:
     constants: list[str] = []
     for pair in pairs:
         for name, values in _moved(draft.tensors, pair).items():
-            trees[name] = _like(draft.tensors[name].tree, _in_type(values, draft.tensors[name].dtype))
+            trees[name] = refilled(draft.tensors[name].tree, _in_type(values, draft.tensors[name].dtype))
         for name, values in _constants(draft.tensors, pair).items():
             # Equal levels take no bits, where floats would take all of theirs; zeros can be no step's.
             value = np.float32(values[0])
@@ -227,23 +230,6 @@ def _in_type(values: Any, dtype: str) -> Any:
     with np.errstate(over="ignore"):
         single = values.astype(dtype if dtype in ("float16", "float64") else np.float32)
     return single if dtype == "float64" else single.astype(np.float32)
-
-
-def _plain(tree: Tree) -> bool:
-    """Whether the values of a tree are floats by themselves, so that rows can be scaled."""
-    if isinstance(tree, Sparse):
-        return not isinstance(tree.values, Packed)
-    return _plain(tree.child) if isinstance(tree, Sliced) else not isinstance(tree, Packed)
-
-
-def _like(tree: Tree, dense: Any) -> Tree:
-    """The dense values with the zeros of a tree."""
-    if isinstance(tree, Sparse):
-        return Sparse(tree.mask, dense[tree.mask].astype(np.float32))
-    if isinstance(tree, Sliced):
-        kept = np.asarray(tree.kept).astype(np.int64)
-        return Sliced(tree.kept, _like(tree.child, dense.take(kept, tree.axis)), tree.axis, tree.size)
-    return dense
 
 
 def _same(one: Array, other: Array | None) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tersenet.artifact import Artifact, Coding, FormatError, load
+from tersenet.contract import check
 from tersenet.data import is_pair
 from tersenet.draft import Draft, artifact_of, dense_array
 from tersenet.journal import Journal, Row, memory
@@ -94,6 +95,7 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
     which lies in a folder of its own in `folder`. Where something cannot be looked into, or changes as it is used,
     nothing is kept, which is said on stderr.
     """
+    check(recipe, draft, task)
     begun, journal = time.monotonic(), draft.journal
     stages = [part for stage in recipe for part in _parts(stage)]
     marks, moving = [""] * (1 + len(stages)), ""

@@ -11,22 +11,28 @@ architecture, with zeros; norms and biases of channels that are gone are zeros t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from tersenet.allocators.amc import AMC, Problem, RandomSearch
 from tersenet.calibrate import Moments, moments
+from tersenet.contract import DATA, PACKED, Kind, check
 from tersenet.data import Batch, samples
 from tersenet.draft import Draft, artifact_of, dense_array
 from tersenet.folding import untied
 from tersenet.key import key_of
 from tersenet.likelihood import Likelihood
 from tersenet.methods.sparse import kept_count, largest
-from tersenet.methods.surgeon import damped, solved
-from tersenet.packed import Array, Sliced, Sparse, Tree, narrowed
+from tersenet.methods.surgeon import damped, refitted, solved
+from tersenet.packed import Array, Sliced, Tree, unpack
+from tersenet.structure import is_plain, kept_places, refilled, sliced, support
 from tersenet.task import Task, one_thread
 from tersenet.tracing.coupling import Coupling
+
+UNFIT = dict.fromkeys(PACKED, "take out channels before packing")
+RUN: dict[Kind, str] = {DATA: "finds channels by running the network: give a Task with training data"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Plan:
     spaces: list[tuple[int, ...]]
     worth: dict[int, float]  # of each channel, by root
     found: dict[str, Moments]
+    before: frozenset[int] = frozenset()  # channels that went earlier, by root
 
     @staticmethod
     def of(draft: Draft, task: Task, count: int, seed: int = 0) -> "Plan":
@@ -45,16 +52,21 @@ class Plan:
         draft = untied(draft)
         model, batches = draft.module(), task.calibration(count)
         with one_thread():
-            coupling = Coupling.of(task, model, task.calibration(2)[0])
+            coupling = _coupled(draft, task)
             found = moments(task, model, batches, Likelihood.of(task), labels=1, seed=seed)
         spaces = coupling.spaces()
         if not spaces:
             raise ValueError("no channel of this network can be taken out: all are fixed by what reads them")
-        return Plan(draft, coupling, spaces, _worth(draft, coupling), found)
+        before = frozenset(
+            coupling.root(labels[place])
+            for (name, axis), labels in coupling.axes.items()
+            for place in set(range(len(labels))) - set(kept_places(draft.tensors[name].tree, axis).tolist())
+        )
+        return Plan(draft, coupling, spaces, _worth(draft, coupling), found, before)
 
     def gone(self, ratios: Sequence[float]) -> set[int]:
-        """The channels that go when each space keeps a part of its channels, at least one."""
-        return {
+        """The channels that are gone when each space keeps a part of its channels, at least one."""
+        return set(self.before) | {
             root
             for roots, ratio in zip(self.spaces, ratios, strict=True)
             for root, stays in zip(roots, largest(self._worths(roots), kept_count(ratio, len(roots))), strict=True)
@@ -62,10 +74,10 @@ class Plan:
         }
 
     def _worths(self, roots: tuple[int, ...]) -> Array:
-        return np.array([self.worth[root] for root in roots])
+        return np.array([-1.0 if root in self.before else self.worth[root] for root in roots])
 
     def macs(self, ratios: Sequence[float] | None = None) -> int:
-        """Multiplications and additions for one sample, of the whole network or at these ratios."""
+        """Multiplications and additions for one sample, of the whole architecture or at these ratios."""
         return self.coupling.macs(set() if ratios is None else self.gone(ratios))
 
     def uniform(self, part: float) -> list[float]:
@@ -115,22 +127,32 @@ class Plan:
         kept: dict[str, dict[int, Array]] = {}
         for name, axis in self.coupling.axes:
             kept.setdefault(name, {})[axis] = self.coupling.kept((name, axis), gone)
-        dense = {name: dense_array(self.draft.tensors[name]) for name in kept}
+        trees = {name: self.draft.tensors[name].tree for name in kept}
         for name, along in kept.items():
             known = self.found.get(name)
-            if known is not None and known.form.straight and 1 in along and not along[1].all():
-                biased = known.bias in dense
-                dense[name], lost = self._fitted(name, along[1], damping, biased)
-                if known.bias is not None and biased:
-                    dense[known.bias] = (dense[known.bias] + lost).astype(np.float32)
-        return self.draft.with_trees({name: _sliced(dense[name], along) for name, along in kept.items()})
+            if known is not None and known.form.straight and 1 in along and self._reads(name, ~along[1]):
+                free = {n for n in trees if n not in self.draft.left and is_plain(trees[n])}
+                bias = known.bias if known.bias in free else None
+                fitted, lost = self._fitted(name, along[1], damping, bias is not None)
+                trees[name] = refilled(trees[name], fitted)
+                if bias is not None:
+                    trees[bias] = refilled(trees[bias], unpack(trees[bias]) + lost)
+        return self.draft.with_trees({name: _sliced(trees[name], along) for name, along in kept.items()})
+
+    def _reads(self, name: str, gone: Array) -> bool:
+        """Whether a weight reads any of the channels that are gone."""
+        return bool(dense_array(self.draft.tensors[name])[:, gone].any())
 
     def _fitted(self, name: str, kept: Array, damping: float, biased: bool) -> tuple[Array, Array]:
         """Weights that read only the kept channels, and the mean that their output lost, for a bias to take up."""
         w, known = dense_array(self.draft.tensors[name]), self.found[name]
         blocks, mean = known.inputs.numpy()[0], known.means.numpy()[0]
-        flat = w.reshape(len(w), -1).astype(np.float64)
+        flat, free = (
+            w.reshape(len(w), -1).astype(np.float64),
+            support(self.draft.tensors[name].tree).reshape(len(w), -1),
+        )
         columns, found, width = np.repeat(kept, flat.shape[1] // len(kept)), np.zeros_like(flat), blocks.shape[1]
+        held = not free[np.ix_(free.any(1), columns)].all()
         for block, at in zip(blocks, range(0, flat.shape[1], width), strict=True):
             part, there = flat[:, at : at + width], columns[at : at + width]
             n, own = part.shape[1], mean[at : at + width]
@@ -138,6 +160,10 @@ class Plan:
             if there.any():
                 within = a[np.ix_(there, there)]
                 inner = damped(within[None], damping)[0]
+                if held:
+                    whole = a + (inner - within)[0, 0] * np.eye(n)
+                    found[:, at : at + n] = refitted(part, free[:, at : at + n] & there, whole)
+                    continue
                 product = (torch.from_numpy(part.copy()) @ torch.from_numpy(a[:, there])).numpy()
                 right = product + part[:, there] * (inner - within).diagonal()
                 found[:, at + np.flatnonzero(there)] = solved(inner, right.T).T
@@ -157,35 +183,34 @@ def _worth(draft: Draft, coupling: Coupling) -> dict[int, float]:
     return made | read
 
 
-def _sliced(w: Array, kept: Mapping[int, Array]) -> Tree:
-    """The array without what is not kept along these axes."""
-    places = {axis: np.flatnonzero(stays) for axis, stays in kept.items() if not stays.all()}
-    child = w
-    for axis, there in places.items():
-        child = child.take(there, axis)
-    tree: Tree = child
-    for axis, there in places.items():
-        tree = Sliced(narrowed(there), tree, axis, w.shape[axis])
-    return tree
+def _sliced(tree: Tree, stays: Mapping[int, Array]) -> Tree:
+    """The tree without what does not stay along these axes."""
+    return sliced(tree, {axis: np.flatnonzero(there) for axis, there in stays.items()})
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Take out channels until `macs` of the multiplications are left: `ratios` of each space, or the same for all."""
+    """Take out channels until `macs` of the architecture's multiplications are left.
+
+    Each space keeps its part of `ratios`, or all the same. Channels that went earlier stay gone and count as gone;
+    zeros stay zero, each row being fitted under its own.
+    """
 
     macs: float = 0.5
     ratios: tuple[float, ...] = ()
     samples: int = 512
     seed: int = 0
+    refuses: ClassVar[Mapping[Kind, str]] = UNFIT
+    requires: ClassVar[Mapping[Kind, str]] = RUN
+    makes: ClassVar[tuple[Kind, ...]] = (Sliced,)
 
     def __post_init__(self) -> None:
         if not 0 < self.macs <= 1:
             raise ValueError("Channels takes a part of the MACs in (0, 1]")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        if task is None:
-            raise ValueError("channels are found by running the network: give a Task with training data")
-        if self.macs == 1 and not self.ratios:
+        check([self], draft, task)
+        if task is None or (self.macs == 1 and not self.ratios):
             return draft
         plan = Plan.of(draft, task, self.samples, self.seed)
         if self.ratios and len(self.ratios) != len(plan.spaces):
@@ -204,10 +229,13 @@ class SearchChannels:
     search: AMC | RandomSearch = field(default_factory=AMC)
     samples: int = 512
     scored: int = 2000
+    refuses: ClassVar[Mapping[Kind, str]] = UNFIT
+    requires: ClassVar[Mapping[Kind, str]] = RUN
+    makes: ClassVar[tuple[Kind, ...]] = (Sliced,)
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        if task is None:
-            raise ValueError("channels are found by running the network: give a Task with training data")
+        check([self], draft, task)
+        assert task is not None
         plan, model = Plan.of(draft, task, self.samples, self.search.seed), draft.module()
         part: list[Batch] = []
         for batch in task.held().batches(min(500, self.scored)):
@@ -224,35 +252,64 @@ class SearchChannels:
 
 @dataclass(frozen=True)
 class DropDead:
-    """After unstructured pruning, empty the channels that nothing reads or that are always 0, until none is left."""
+    """After unstructured pruning, take out the channels that nothing reads or that are always 0, until none is left.
+
+    Channels stay where a weight is packed in a way that cannot lose them alone; its note says so.
+    """
+
+    requires: ClassVar[Mapping[Kind, str]] = RUN
+    makes: ClassVar[tuple[Kind, ...]] = (Sliced,)
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        if task is None:
-            raise ValueError("channels are found by running the network: give a Task with training data")
-        draft = untied(draft)
-        coupling = Coupling.of(task, draft.module(), task.calibration(2)[0])
-        frozen = {coupling.root(label) for label in coupling.frozen}
-        dense = {name: dense_array(draft.tensors[name]).copy() for name, _ in coupling.axes}
+        check([self], draft, task)
+        assert task is not None
+        apart = untied(draft)
+        with one_thread():
+            coupling = _coupled(draft, task)
+        stay, stuck = {coupling.root(label) for label in coupling.frozen}, dict[str, str]()
         while True:
-            alive: dict[int, list[bool]] = {}
-            for (name, axis), labels in coupling.axes.items():
-                w = dense[name]
-                there = np.abs(w).sum(axis=tuple(d for d in range(w.ndim) if d != axis)) > 0
-                for label, some in zip(labels, there, strict=True):
-                    made, read = alive.setdefault(coupling.root(label), [False, False])
-                    alive[coupling.root(label)] = [made or (axis == 0 and some), read or (axis == 1 and some)]
-            gone = {root for root, (made, read) in alive.items() if not (made and read)} - frozen
-            before = sum(int(np.count_nonzero(w)) for w in dense.values())
-            for name, axis in coupling.axes:
-                stays = coupling.kept((name, axis), gone)
-                dense[name][(slice(None),) * axis + (~stays,)] = 0
-            if sum(int(np.count_nonzero(w)) for w in dense.values()) == before:
-                changed = {n: w for n, w in dense.items() if not np.array_equal(w, dense_array(draft.tensors[n]))}
-                return draft.with_trees({name: _masked(draft.tensors[name].tree, w) for name, w in changed.items()})
+            gone, trees = _dead(apart, coupling, stay), dict[str, Tree]()
+            try:
+                for name, along in _going(apart, coupling, gone).items():
+                    trees[name] = _sliced(apart.tensors[name].tree, along)
+            except ValueError as wrong:
+                stuck[name] = f"its dead channels stay: {wrong}"
+                stay |= {coupling.root(n) for axis in along for n in coupling.axes[name, axis]}
+                continue
+            return (apart.with_trees(trees) if trees else draft).with_notes(stuck)
 
 
-def _masked(tree: Tree, w: Array) -> Tree:
-    if not isinstance(tree, Sparse):
-        return w
-    mask = tree.mask & (w != 0)
-    return Sparse(mask, w[mask])
+def _coupled(draft: Draft, task: Task) -> Coupling:
+    """Which channels go together; those of tensors that no stage may change stay."""
+    coupling = Coupling.of(task, draft.module(), task.calibration(2)[0])
+    coupling.frozen.update(*(labels for (name, _), labels in coupling.axes.items() if name in draft.left))
+    return coupling
+
+
+def _dead(draft: Draft, coupling: Coupling, stay: set[int]) -> set[int]:
+    """The channels that nothing makes or reads, or nothing but what is dead itself, by root; some stay."""
+    dense = {name: dense_array(draft.tensors[name]).copy() for name, _ in coupling.axes}
+    while True:
+        alive: dict[int, list[bool]] = {}
+        for (name, axis), labels in coupling.axes.items():
+            w = dense[name]
+            there = np.abs(w).sum(axis=tuple(d for d in range(w.ndim) if d != axis)) > 0
+            for label, some in zip(labels, there, strict=True):
+                made, read = alive.setdefault(coupling.root(label), [False, False])
+                alive[coupling.root(label)] = [made or (axis == 0 and some), read or (axis == 1 and some)]
+        gone = {root for root, (made, read) in alive.items() if not (made and read)} - stay
+        before = sum(int(np.count_nonzero(w)) for w in dense.values())
+        for name, axis in coupling.axes:
+            dense[name][(slice(None),) * axis + (~coupling.kept((name, axis), gone),)] = 0
+        if sum(int(np.count_nonzero(w)) for w in dense.values()) == before:
+            return gone
+
+
+def _going(draft: Draft, coupling: Coupling, gone: set[int]) -> dict[str, dict[int, Array]]:
+    """What stays along each axis of each tensor that stores channels which are gone."""
+    found: dict[str, dict[int, Array]] = {}
+    for name, axis in coupling.axes:
+        stays = coupling.kept((name, axis), gone)
+        if not stays[kept_places(draft.tensors[name].tree, axis)].all():
+            found.setdefault(name, {})[axis] = stays
+    return found

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from tersenet.artifact import Artifact, Tensor, as_stored
 from tersenet.checkpoint import Checkpoint, Place
+from tersenet.contract import DATA, Kind, check
 from tersenet.data import Stream, split_of
 from tersenet.draft import Draft
 from tersenet.norms import FOLDED, folded_norms
@@ -297,10 +298,11 @@ class Finetune:
     epochs: int = 2
     lr: float | None = None
     seed: int = 0
+    requires: ClassVar[Mapping[Kind, str]] = {DATA: "trains the network: give a Task with training data"}
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        if task is None:
-            raise ValueError("Finetune trains the network: give a Task with training data")
+        check([self], draft, task)
+        assert task is not None
         rate = task.schedule.lr / 100 if self.lr is None else self.lr
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=rate, drops=(0.5,), weight_decay=0.0)
         return tune(draft, task, schedule, range(self.epochs), self.seed)
@@ -316,10 +318,14 @@ class TrainLevels:
     epochs: int = 10
     lr: float = 0.001
     seed: int = 0
+    requires: ClassVar[Mapping[Kind, str]] = {
+        DATA: "trains the network: give a Task with training data",
+        Uniform: "finds no levels: quantize first, with Waterfill or Pack(Uniform())",
+    }
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        if task is None:
-            raise ValueError("TrainLevels trains the network: give a Task with training data")
+        check([self], draft, task)
+        assert task is not None
         network = _Levels(draft, task.device)
         if not network.leaves:
             raise ValueError("TrainLevels finds no levels: quantize first, with Waterfill or Pack(Uniform())")

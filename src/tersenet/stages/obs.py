@@ -17,15 +17,17 @@ counting the bias as an input of 1 does. A and G of very wide layers come as dia
 
 import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from tersenet.calibrate import Moments, moments
+from tersenet.contract import DATA, PACKED, Kind, check
 from tersenet.draft import Draft, dense_array
 from tersenet.folding import untied
 from tersenet.likelihood import Likelihood
@@ -33,6 +35,7 @@ from tersenet.methods.sparse import kept_count, largest
 from tersenet.methods.surgeon import damped, inverse, refitted, removals, swept
 from tersenet.packed import Array, Sparse, Tree
 from tersenet.stages.prune import masked
+from tersenet.structure import is_plain, refilled, support, thinned
 from tersenet.task import Task, one_thread, progress
 from tersenet.tracing.operations import Form
 
@@ -136,6 +139,9 @@ class OBS:
     samples: int = 1024
     block: int = 2048
     seed: int = 0
+    refuses: ClassVar[Mapping[Kind, str]] = dict.fromkeys(PACKED, "prune before packing")
+    requires: ClassVar[Mapping[Kind, str]] = {DATA: "needs the network's inputs: give a Task with training data"}
+    makes: ClassVar[tuple[Kind, ...]] = (Sparse,)
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS or self.update not in UPDATES:
@@ -144,9 +150,8 @@ class OBS:
             raise ValueError("OBS takes a density in (0, 1]")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        if task is None or draft.model is None:
-            raise ValueError("OBS needs the network's inputs: give a Task with training data")
-        if self.density == 1:
+        check([self], draft, task)
+        if task is None or self.density == 1:
             return draft
         draft = untied(draft)
         with one_thread():
@@ -180,8 +185,7 @@ class OBS:
         level = np.diagonal(g, axis1=2, axis2=3).reshape(len(g), -1).sum(1) / form.rows
         outputs = g + (self.rows * level + 1e-12)[:, None, None, None] * np.eye(g.shape[2])
         inputs = damped(a - means[:, :, None] * means[:, None], self.damping)
-        mask = tree.mask if isinstance(tree, Sparse) else np.ones(w.shape, bool)
-        weight, left = (_blocked(form, part, width) for part in (w, mask))
+        weight, left = (_blocked(form, part, width) for part in (w, support(tree)))
         return Layer(name, form, weight, left, inputs, outputs, means, bias, self.block)
 
     def _ranked(self, draft: Draft, layers: list[Layer]) -> Draft:
@@ -212,16 +216,16 @@ class OBS:
             masks[layer.name][place], kept = np.split(kept, [len(place)])
         trees: dict[str, Tree] = {}
         for layer in layers:
-            shape = draft.tensors[layer.name].tree.shape
-            mask = layer.whole(masks[layer.name].reshape(layer.mask.shape)).reshape(shape)
-            trees[layer.name] = Sparse(mask, dense_array(draft.tensors[layer.name])[mask])
+            tree = draft.tensors[layer.name].tree
+            mask = layer.whole(masks[layer.name].reshape(layer.mask.shape)).reshape(tree.shape)
+            trees[layer.name] = thinned(tree, mask)
         return draft.with_trees(trees)
 
     def _updated(self, chosen: Draft, layers: list[Layer]) -> Draft:
         """The survivors of a draft that was pruned, moved; the layers hold the weights from before."""
         weights: dict[str, Array] = {}
         for layer in layers:
-            mask = layer.laid(cast(Sparse, chosen.tensors[layer.name].tree).mask)
+            mask = layer.laid(support(chosen.tensors[layer.name].tree))
             if self.update == "best":
                 found = np.stack([refitted(w, m, a) for w, m, a in zip(layer.weight, mask, layer.inputs, strict=True)])
             elif self.update == "sum":
@@ -236,24 +240,26 @@ class OBS:
         for layer in progress(layers, "sweeping", len(layers)):
             found, kept = np.zeros(layer.weight.shape), np.zeros(layer.weight.shape, bool)
             for k, n in enumerate(layer.widths):
-                found[k, :, :n], kept[k, :, :n] = swept(layer.weight[k, :, :n], layer.inputs[k, :n, :n], self.density)
-            weights[layer.name] = found
-            mask = layer.whole(kept).reshape(draft.tensors[layer.name].tree.shape)
-            masks[layer.name] = Sparse(mask, np.zeros(int(mask.sum()), np.float32))
+                w, a, free = layer.weight[k, :, :n], layer.inputs[k, :n, :n], layer.mask[k, :, :n]
+                found[k, :, :n], kept[k, :, :n] = swept(w, a, self.density, free=free)
+            weights[layer.name], tree = found, draft.tensors[layer.name].tree
+            masks[layer.name] = thinned(tree, layer.whole(kept).reshape(tree.shape))
         return self._with_weights(draft.with_trees(masks), layers, weights)
 
     def _with_weights(self, draft: Draft, layers: list[Layer], weights: dict[str, Array]) -> Draft:
         """The draft with new weights under its masks; biases take up the mean of what was lost."""
         trees, biases = dict[str, Tree](), dict[str, Array]()
         for layer in layers:
-            tree, w = cast(Sparse, draft.tensors[layer.name].tree), weights[layer.name]
-            dense = layer.whole(w).reshape(tree.mask.shape)
-            trees[layer.name] = Sparse(tree.mask, dense[tree.mask].astype(np.float32))
+            tree, w = draft.tensors[layer.name].tree, weights[layer.name]
+            trees[layer.name] = refilled(tree, layer.whole(w).reshape(tree.shape))
             if layer.bias is not None:
                 lost = ((layer.weight - w) @ layer.means[..., None]).reshape(layer.form.groups, -1, layer.form.rows)
                 before: Array = biases.get(layer.bias, dense_array(draft.tensors[layer.bias]))
                 biases[layer.bias] = before + lost.sum(1).reshape(before.shape)
-        return draft.with_trees(trees | {name: bias.astype(np.float32) for name, bias in biases.items()})
+        for name, bias in biases.items():
+            before = draft.tensors[name].tree  # a constant beside a folded norm is a bias again
+            trees[name] = refilled(before, bias) if is_plain(before) else bias.astype(np.float32)
+        return draft.with_trees(trees)
 
 
 def _size(layers: list[Layer]) -> int:

@@ -1,11 +1,12 @@
 """From the moments of a layer to the triangular factors in which its errors are measured."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from tersenet.calibrate import Moments
+from tersenet.calibrate import MOST, Moments
 from tersenet.methods.shrinkage import factored, shrunk
 from tersenet.packed import Array
 from tersenet.waterfilling.knowledge import Halves
@@ -20,6 +21,42 @@ class Damping:
 
     inputs: float = 1e-3
     rows: float = 0.3
+
+
+def kept_moments(known: Moments, kept: Mapping[int, Array], shape: tuple[int, ...]) -> Moments | None:
+    """The moments of the part of a weight that lies in the kept places of its first two axes.
+
+    None where the weight does not lie in its moments as it is, has several groups that lose columns, or where its
+    moments' blocks, which are put into one, would hold too many numbers.
+    """
+    form = known.form
+    if not form.straight or form.split != shape or form.lead != 1 or not kept.keys() <= {0, 1}:
+        return None
+    made = tuple(len(kept.get(axis, range(n))) for axis, n in enumerate(shape))
+    rows = torch.from_numpy(kept.get(0, np.arange(shape[0])))
+    if form.groups > 1:
+        if form.rows > 1 or 1 in kept:
+            return None
+        own = replace(form, split=made, groups=len(rows))
+        return replace(known, form=own, inputs=known.inputs[rows], means=known.means[rows], outputs=known.outputs[rows])
+    columns = torch.arange(form.columns).reshape(shape[1], -1)[kept.get(1, np.arange(shape[1]))].reshape(-1)
+    inputs, outputs = _part(known.inputs, columns), _part(known.outputs, rows)
+    if inputs is None or outputs is None:
+        return None
+    return replace(known, form=replace(form, split=made), inputs=inputs, means=known.means[:, columns], outputs=outputs)
+
+
+def _part(blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
+    """The moments [1, 1, n, n] of some coordinates of blocks [1, k, b, b], in single blocks where they were."""
+    width = blocks.shape[-1]
+    if width == 1:
+        return blocks[:, places]
+    if len(places) ** 2 > MOST:
+        return None
+    runs = [places[places // width == k] % width for k in range(blocks.shape[1])]
+    parts = [block[run][:, run] for block, run in zip(blocks[0], runs, strict=True)]
+    found: torch.Tensor = torch.block_diag(*parts)[None, None]  # type: ignore[no-untyped-call]
+    return found
 
 
 def mean_diagonal(moment: torch.Tensor) -> float:

@@ -22,10 +22,11 @@ from tersenet.draft import Draft, dense_array, precise
 from tersenet.methods.feedback import Metric, Overflow, Steps, diagonal, levels, paths, tree_of, waterfilled
 from tersenet.methods.prior import prior
 from tersenet.methods.transform import spatial
-from tersenet.packed import Array, Packed, Reshaped, Sparse, Tree, Uniform, kernel_dct, narrowed
+from tersenet.packed import Array, Packed, Reshaped, Tree, Uniform, kernel_dct, narrowed, unpack
+from tersenet.structure import is_plain, placed, sliced, support, unsliced
 from tersenet.task import one_thread, spread
 from tersenet.tracing.operations import Form
-from tersenet.waterfilling.factors import Damping, band, input_factors, mean_diagonal, output_factors
+from tersenet.waterfilling.factors import Damping, band, input_factors, kept_moments, mean_diagonal, output_factors
 from tersenet.waterfilling.knowledge import Halves, Knowledge
 from tersenet.waterfilling.lossless import Lossless, entropy
 
@@ -51,6 +52,7 @@ class Layer:
     transformed: bool
     bias: str | None
     kept: Array | None = None  # [groups, rows, n], where the weight was pruned before: the rest stays zero
+    slices: Mapping[int, Array] = field(default_factory=dict)  # by axis of the tensor, the places that alone are stored
 
     @cached_property
     def peak(self) -> float:
@@ -79,8 +81,34 @@ class Layer:
         trellis = self.kept is None and paths(self.weight.shape[2]) and math.prod(self.weight.shape[:2]) > 1
         return levels(self.weight, self.metric, steps.parts(), rate, self.kept, trellis), steps
 
+    def matrix(self, w: Array) -> Array:
+        """The tensor's dense array as the layer sees it, [groups, rows, n], in the DCT domain where `transformed`."""
+        if w.size != self.weight.size:
+            for axis, places in self.slices.items():
+                w = w.take(places, axis)
+        found: Array = self.form.matrix(w)
+        if self.transformed:
+            height, width = self.form.kernel if len(self.form.kernel) == 2 else self.form.split[-2:]
+            found = (found.reshape(-1, height * width) @ kernel_dct(height, width).T).reshape(found.shape)
+        return found
+
+    def lost(self, error: Array, size: int) -> Array:
+        """The mean change of the outputs, of which there are `size`, those that are not stored among them."""
+        own: Array = (error @ self.means[..., None]).reshape(-1)
+        if own.size == size:
+            return own
+        found = np.zeros(size)
+        found[self.slices[0]] = own
+        return found
+
     def tree(self, q: Array, steps: Steps, shape: tuple[int, ...]) -> Tree:
-        """The tree of levels."""
+        """The tree of levels, for a tensor of this shape."""
+        if self.weight.size == math.prod(shape):  # what the tensor does not store was held at zero
+            return sliced(self._tree(q, steps, shape), self.slices)
+        part = tuple(len(self.slices.get(axis, range(n))) for axis, n in enumerate(shape))
+        return placed(self._tree(q, steps, part), self.slices, shape)
+
+    def _tree(self, q: Array, steps: Steps, shape: tuple[int, ...]) -> Tree:
         if len(shape) == 1:
             return Uniform(narrowed(q.reshape(shape)), np.array(steps.scale, np.float32))
         inner = (self.form.columns // math.prod(self.form.kernel), *self.form.kernel)
@@ -105,7 +133,8 @@ class Waterfilling:
     ) -> "Waterfilling":
         """Shrink, damp and factor the moments of every layer; without `aware` none is used, as if there were no data.
 
-        Weights that are zero in large part keep their zeros, unless `hold` is not set; what was pruned always does.
+        Weights that are zero in large part keep their zeros, unless `hold` is not set; what was pruned always does, and
+        stays out of the problem where whole rows and columns are gone. What is packed by others stays as it is.
         """
         damping = damping or Damping()
         draft = knowledge.draft
@@ -114,7 +143,8 @@ class Waterfilling:
             for name, halves in knowledge.found.items()
             if aware and name in draft.tensors
         }
-        names = [name for name in draft.weights() if math.prod(draft.tensors[name].tree.shape) >= SMALL]
+        packed = {name: draft.tensors[name].tree for name in draft.weights()}
+        names = [n for n, tree in packed.items() if is_plain(tree) and math.prod(unsliced(tree)[0].shape) >= SMALL]
         halves = {name: known.get(id(draft.tensors[name])) for name in names}  # by any name of tied weights
         with one_thread():
             layers = list(spread(lambda name: _layer(name, knowledge, halves[name], damping, hold), names))
@@ -156,12 +186,9 @@ class Waterfilling:
         return math.exp(high)
 
     def loss(self, draft: Draft) -> float:
-        """What the errors of a draft's weights cost in the metrics of the layers that are not transformed."""
-        return sum(
-            layer.metric.cost(layer.weight - layer.form.matrix(dense_array(draft.tensors[layer.name])))
-            for layer in self.layers
-            if not layer.transformed
-        )
+        """What the errors of a draft's weights cost in the layers' metrics."""
+        dense = ((layer, dense_array(draft.tensors[layer.name]).astype(np.float64)) for layer in self.layers)
+        return sum(layer.metric.cost(layer.weight - layer.matrix(w)) for layer, w in dense)
 
     def at(self, c: float, rate: float = 0.5) -> Draft:
         """The draft quantized with the global step c."""
@@ -177,9 +204,12 @@ class Waterfilling:
             if layer.bias is not None and packing.lost is not None:
                 biases[layer.bias] += packing.lost
         for name, step in self.shifts.items():
-            tree, before = rounded(biases[name], c * step), self.draft.tensors[name].tree
-            whole = isinstance(tree, Packed) or isinstance(before, Packed)
-            trees[name] = tree if whole else np.asarray(tree).astype(np.asarray(before).dtype)
+            before = self.draft.tensors[name].tree
+            kept = unsliced(before)[1]
+            tree = rounded(biases[name].take(kept[0]) if kept else biases[name], c * step)
+            if not isinstance(tree, Packed) and not isinstance(before, Packed):
+                tree = np.asarray(tree).astype(np.asarray(before).dtype)
+            trees[name] = placed(tree, kept, before.shape)
         return trees
 
     @staticmethod
@@ -203,7 +233,9 @@ class Waterfilling:
         cost = layer.metric.cost(error)
         if kept is not None and fine and kept.bits <= entropy(q) + cost / (2 * math.log(2) * NOISE * c * c):
             return Packing(kept.tree, None, 0.0)
-        lost = (error @ layer.means[..., None]).reshape(-1) if layer.bias is not None else None
+        lost = None
+        if layer.bias is not None:
+            lost = layer.lost(error, math.prod(self.draft.tensors[layer.bias].tree.shape))
         return Packing(layer.tree(q, steps, shape), lost, cost)
 
 
@@ -243,12 +275,19 @@ def _vectors(draft: Draft) -> list[Layer]:
 
 def _layer(name: str, knowledge: Knowledge, known: Halves | None, damping: Damping, hold: bool) -> Layer:
     tensor = knowledge.draft.tensors[name]
-    w, shape = dense_array(tensor).astype(np.float64), tuple(tensor.tree.shape)
+    tree, slices = unsliced(tensor.tree)
+    if slices and known is not None:
+        parts = [kept_moments(half, slices, tensor.tree.shape) for half in known]
+        if parts[0] is None or parts[1] is None:  # then the whole is quantized, with zeros held
+            tree = tensor.tree
+        else:
+            known = parts[0], parts[1]
+    w, shape, free = np.asarray(unpack(tree), np.float32).astype(np.float64), tuple(tree.shape), support(tree)
     form = Form.plain(shape) if known is None else known[0].form
     flat = form.matrix(w)
     kept = None
-    if isinstance(tensor.tree, Sparse) or (hold and np.count_nonzero(w) < (1 - PRUNED) * w.size):
-        kept = np.ascontiguousarray(form.matrix(tensor.tree.mask if isinstance(tensor.tree, Sparse) else w != 0))
+    if not free.all() or (hold and np.count_nonzero(w) < (1 - PRUNED) * w.size):
+        kept = np.ascontiguousarray(form.matrix(free if not free.all() else w != 0))
     kernel = form.kernel if known is not None else shape[2:]
     transformed = kept is None and len(kernel) == 2 and spatial(shape)
     t = kernel_dct(*kernel) if transformed else np.eye(1)
@@ -256,14 +295,14 @@ def _layer(name: str, knowledge: Knowledge, known: Halves | None, damping: Dampi
     if known is None:
         one = prior(flat[0], len(shape) == 2)
         metric = Metric(None if one.columns is None else one.columns[None, :, None], one.rows[None, :, None])
-        return Layer(name, form, flat, metric, np.zeros((1, flat.shape[2])), transformed, None, kept)
+        return Layer(name, form, flat, metric, np.zeros((1, flat.shape[2])), transformed, None, kept, slices)
     bias, turn = knowledge.biases.get(name), torch.from_numpy(t.copy())
     inputs = input_factors(known, damping, bias is not None, turn, flat)
     outputs = math.sqrt(knowledge.sensitivity.get(name, 1.0)) * output_factors(known, damping, flat)
     n, m = flat.shape[2], flat.shape[1]
     metric = Metric(band(inputs, len(flat), n), band(outputs, len(flat), m))
     means = ((known[0].means + known[1].means) / 2).reshape(-1, len(t)) @ turn.T
-    return Layer(name, form, flat, metric, means.reshape(len(flat), n).numpy(), transformed, bias, kept)
+    return Layer(name, form, flat, metric, means.reshape(len(flat), n).numpy(), transformed, bias, kept, slices)
 
 
 def _levelled(layers: list[Layer], known: set[str]) -> list[Layer]:

@@ -8,6 +8,7 @@ import numpy as np
 from tersenet.artifact import Artifact, Coding, Tensor
 from tersenet.methods.exact import exact
 from tersenet.packed import Array, Packed, Tree
+from tersenet.structure import placed, unsliced
 
 TABLE, FILE = 256, 400  # bits that a plane of bytes takes beside its entropy, and a file beside its arrays
 BITS = Coding(("bits", "trits", "gaps", "context", "deflate"))
@@ -25,7 +26,10 @@ def lossless(tensors: Mapping[str, Tensor]) -> dict[str, Lossless]:
     """For each tensor the smallest tree that holds it without loss."""
     found: dict[str, Lossless] = {}
     for name, tensor in tensors.items():
-        trees = [tensor.tree] if isinstance(tensor.tree, Packed) else exact(_positive(np.asarray(tensor.tree)))
+        child, kept = unsliced(tensor.tree)
+        trees = [] if isinstance(child, Packed) else exact(_positive(np.asarray(child)))
+        trees = [placed(tree, kept, tensor.tree.shape) for tree in trees]
+        trees += [tensor.tree] if isinstance(tensor.tree, Packed) else []
         options = [Lossless(tree, 8.0 * Artifact({"w": Tensor(tree, tensor.dtype)}, BITS).nbytes) for tree in trees]
         if not isinstance(tensor.tree, Packed):
             options.append(Lossless(tensor.tree, _float_bits(np.asarray(tensor.tree))))
