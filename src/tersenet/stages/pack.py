@@ -1,48 +1,92 @@
 """Pack weights with a method, or round the floats that are left; say in the ledger what stayed dense and why."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 
 import numpy as np
 
 from tersenet.artifact import Tensor
+from tersenet.contract import Kind
 from tersenet.draft import Draft, precise, round_leaves
-from tersenet.methods import Method, repack
+from tersenet.methods import Method
 from tersenet.methods.kmeans import KMeans
-from tersenet.packed import Packed, Tree, float_leaves
+from tersenet.packed import Packed, Tree, check_tree, check_tree_values, float_leaves, unpack
+from tersenet.statistics import packed, statistics
+from tersenet.structure import is_plain, refilled
 from tersenet.task import Task
+from tersenet.where import Where, chosen
 
 SMALL = "dense: smaller than its codebook"
 LEFT_OUT = "dense: left out by the recipe"
+UNSEEN = "dense: no result depends on it, so what its method needs is not known"
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Rewrite the float leaves of each weight whose name matches `only` with `method`.
+    """Rewrite the float leaves of each weight with `method`, or with that of a rule, e.g. (("conv*", KMeans(8)),).
 
-    A tensor that packing would not make smaller (its floats after packing are as many as before) stays as it is.
-    `other` packs the names that match its pattern instead, e.g. (("conv*", KMeans(8)),).
+    None leaves a weight alone, and so does packing that would not make a tensor smaller (its floats are as many as
+    before). Methods get the statistics that they need from `samples` training inputs.
     """
 
-    method: Method = field(default_factory=KMeans)
-    only: str = "*"
-    other: tuple[tuple[str, Method], ...] = ()
+    method: Method | None = field(default_factory=KMeans)
+    rules: tuple[tuple[Where | str, Method | None], ...] = ()
+    samples: int = 1024
+    seed: int = 0
+
+    @property
+    def makes(self) -> tuple[Kind, ...]:
+        return made_by((self.method, *(method for _, method in self.rules)))
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        trees: dict[str, Tree] = {}
-        notes: dict[str, str] = {}
-        for name in draft.weights():
-            method = next((m for pattern, m in self.other if fnmatch(name, pattern)), self.method)
-            if not fnmatch(name, self.only):
-                notes[name] = LEFT_OUT
-                continue
-            before = draft.tensors[name].tree
-            tree = repack(before, method)
-            if _floats(tree) >= _floats(before):
-                notes[name] = SMALL
-            else:
+        return repacked(draft, task, methods_of(draft, self.method, self.rules), self.samples, self.seed)
+
+
+Choices = Mapping[str, tuple[str, Method | None]]  # of each weight: the text of the rule that decides, and the method
+
+
+def made_by(methods: Iterable[Method | None]) -> tuple[Kind, ...]:
+    """The kinds of nodes that methods make, as far as they say so."""
+    return tuple(dict.fromkeys(kind for method in methods for kind in getattr(method, "makes", ())))
+
+
+def methods_of(draft: Draft, method: Method | None, rules: tuple[tuple[Where | str, Method | None], ...]) -> Choices:
+    """By which method each weight is to be packed, and by which rule ("" where none decides)."""
+    return dict.fromkeys(draft.weights(), ("", method)) | chosen(draft, rules)
+
+
+def repacked(draft: Draft, task: Task | None, choices: Choices, samples: int, seed: int) -> Draft:
+    """The draft with weights packed as chosen; why one stays dense is noted."""
+    methods = {name: method for name, (_, method) in choices.items() if method is not None}
+    known = statistics(draft, task, methods, samples, seed)
+    trees, notes = dict[str, Tree](), dict[str, str]()
+    for name, (rule, _) in choices.items():
+        before = draft.tensors[name].tree
+        if name not in methods:
+            notes |= {name: LEFT_OUT} if rule else {}
+        elif methods[name].needs and name not in known:
+            notes[name] = UNSEEN
+        else:
+            try:
+                tree = packed(before, methods[name], known.get(name))
+            except ValueError as wrong:
+                raise ValueError(f"{name}: {wrong}") from None
+            _check(name, methods[name], tree)
+            if _floats(tree) < _floats(before):
                 trees[name] = tree
-        return draft.with_trees(trees).with_notes(notes)
+            else:
+                notes[name] = SMALL
+    notes = {name: note for name, note in notes.items() if not isinstance(draft.tensors[name].tree, Packed)}
+    rules = {name: choices[name][0] for name in trees if choices[name][0]}
+    return replace(draft.with_trees(trees).with_notes(notes), rules={**draft.rules, **rules})
+
+
+def _check(name: str, method: Method, tree: Tree) -> None:
+    try:
+        check_tree(tree)
+        check_tree_values(tree)
+    except ValueError as wrong:
+        raise ValueError(f"{name}: {method} made a tree that does not fit together: {wrong}") from None
 
 
 def _floats(tree: Tree) -> int:
@@ -66,8 +110,9 @@ class Narrow:
         renewed: dict[int, Tensor] = {}
         for name, tensor in draft.tensors.items():
             if name in draft.trainable and tensor.dtype == "float32":
-                vector = len(tensor.tree.shape) < 2 and not isinstance(tensor.tree, Packed)
-                tree = (precise if vector else round_leaves)(tensor.tree, self.dtype)
+                tree = round_leaves(tensor.tree, self.dtype)
+                if len(tensor.tree.shape) < 2 and is_plain(tensor.tree):
+                    tree = refilled(tensor.tree, precise(unpack(tensor.tree), self.dtype))
                 if not all(np.isfinite(np.asarray(leaf)).all() for leaf in float_leaves(tree).values()):
                     raise ValueError(f"{name}: values too large for {self.dtype}; use bfloat16 or leave Narrow out")
                 renewed.setdefault(id(tensor), replace(tensor, tree=tree))

@@ -9,30 +9,34 @@ schedule are replayed exactly; a schedule with fewer epochs is replayed whole.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tersenet.artifact import Tensor, as_stored
+from tersenet.contract import DATA, NORMS, PACKED, Kind, check
 from tersenet.data import seeded
 from tersenet.draft import Draft, dense_array
 from tersenet.methods.sparse import kept_count, largest
-from tersenet.norms import folded_norms
-from tersenet.packed import Array, Packed, Sparse, Tree
+from tersenet.packed import Array, Sparse, Tree
 from tersenet.stages.finetune import tune
+from tersenet.structure import refilled, support, thinned
 from tersenet.task import Task, duplicate
+from tersenet.where import Where, chosen
 
 RETRAIN = ("learning-rate", "finetune", "weights", "random", "none")
+# What cannot be rewound.
+UNFIT = dict.fromkeys((NORMS, *PACKED), "the weights from before do not fit: rewind before quantizing or packing")
 
 
 @dataclass(frozen=True)
 class Prune:
     """Keep a density of the weights, reached geometrically in `rounds`, retraining after each.
 
-    `scope` is "global" (one threshold for all layers) or "layer". `layers` gives single layers their own density, by
-    name; with "global" these are pruned apart. `epochs` of retraining follow each round; `final` follow the last.
-    `by` is "magnitude" or "random", the control that knows nothing of the weights. BatchNorm and biases are never
-    pruned; the density hits its target to one weight.
+    `scope` is "global" (one threshold for all layers) or "layer". `rules` give layers their own density, e.g.
+    (("conv*", 0.5),); with "global" each of these is pruned apart. `epochs` of retraining follow each round; `final`
+    follow the last. `by` is "magnitude" or "random", the control that knows nothing of the weights. BatchNorm and
+    biases are never pruned; the density hits its target to one weight.
     """
 
     density: float = 0.1
@@ -41,16 +45,22 @@ class Prune:
     final: int | None = None
     retrain: str = "learning-rate"
     scope: str = "global"
-    layers: tuple[tuple[str, float], ...] = ()
+    rules: tuple[tuple[Where | str, float], ...] = ()
     by: str = "magnitude"
     seed: int = 0
+    makes: ClassVar[tuple[Kind, ...]] = (Sparse,)
+
+    @property
+    def refuses(self) -> Mapping[Kind, str]:
+        return (UNFIT if self.retrain in ("weights", "random") else {}) | dict.fromkeys(PACKED, "prune before packing")
 
     def __post_init__(self) -> None:
         if self.retrain not in RETRAIN or self.scope not in ("global", "layer"):
             raise ValueError(f"Prune takes retrain among {', '.join(RETRAIN)} and scope global or layer")
         if self.by not in ("magnitude", "random"):
             raise ValueError("Prune takes by magnitude or random")
-        if not 0 < self.density <= 1 or self.rounds < 1:
+        densities = [self.density, *(density for _, density in self.rules)]
+        if not all(0 < density <= 1 for density in densities) or self.rounds < 1:
             raise ValueError("Prune takes a density in (0, 1] and at least one round")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
@@ -64,25 +74,23 @@ class Prune:
 
     def round(self, draft: Draft, task: Task | None, number: int) -> Draft:
         """The draft after round `number` of 1..rounds."""
-        _check_unfolded(draft, self.retrain)
+        check([self], draft, task)
         names = draft.weights()
-        known = {name for name, _ in self.layers}
-        if missing := known - set(names):
-            raise ValueError(f"{sorted(missing)[0]}: no such weight to prune; there are {', '.join(names)}")
-        densities = {n: d ** (number / self.rounds) for n, d in self._densities(names).items()}
+        ruled = chosen(draft, self.rules)
+        wanted = dict.fromkeys(names, self.density) | {name: density for name, (_, density) in ruled.items()}
+        densities = {name: density ** (number / self.rounds) for name, density in wanted.items()}
         saliency = {name: np.abs(dense_array(draft.tensors[name])) for name in names}
         if self.by == "random":
             generator = np.random.default_rng(self.seed + number)
             saliency = {name: generator.random(s.shape) for name, s in saliency.items()}
-        draft = masked(draft, saliency, densities, known if self.scope == "global" else set(names))
+        draft = masked(draft, saliency, densities, set(ruled) if self.scope == "global" else set(names))
+        rules = {name: rule for name, (rule, density) in ruled.items() if density < 1}
+        draft = replace(draft, rules={**draft.rules, **rules})
         if self.retrain != "none" and task is not None:
             epochs = self.final if number == self.rounds and self.final is not None else self.epochs
             label = f"pruning, round {number} of {self.rounds}"
             draft = retrained(draft, task, self.retrain, epochs, self.seed + number, label)
         return draft
-
-    def _densities(self, names: list[str]) -> dict[str, float]:
-        return dict.fromkeys(names, self.density) | dict(self.layers)
 
 
 @dataclass(frozen=True)
@@ -92,16 +100,19 @@ class Retrain:
     kind: str = "learning-rate"
     epochs: int = 1
     seed: int = 0
+    requires: ClassVar[Mapping[Kind, str]] = {DATA: "trains the network: give a Task with training data"}
+
+    @property
+    def refuses(self) -> Mapping[Kind, str]:
+        return UNFIT if self.kind in ("weights", "random") else {}
 
     def __post_init__(self) -> None:
         if self.kind not in RETRAIN:
             raise ValueError(f"Retrain takes a kind among {', '.join(RETRAIN)}")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        if task is None:
-            raise ValueError("Retrain trains the network: give a Task with training data")
-        _check_unfolded(draft, self.kind)
-        if self.kind == "none" or not self.epochs:
+        check([self], draft, task)
+        if task is None or self.kind == "none" or not self.epochs:
             return draft
         return retrained(draft, task, self.kind, self.epochs, self.seed, "retraining")
 
@@ -138,12 +149,8 @@ def masked(draft: Draft, saliency: Mapping[str, Array], densities: Mapping[str, 
 
     All weights named in `densities` are ranked together, but those in `apart`, each of which is ranked by itself.
     """
-    ranked: dict[str, Array] = {}
-    for name in densities:
-        tree = draft.tensors[name].tree
-        if isinstance(tree, Packed) and not isinstance(tree, Sparse):
-            raise ValueError(f"{name}: is packed already; prune before packing")
-        ranked[name] = np.where(tree.mask, saliency[name], -np.inf) if isinstance(tree, Sparse) else saliency[name]
+    free = {name: support(draft.tensors[name].tree) for name in densities}
+    ranked = {name: np.where(there, saliency[name], -np.inf) for name, there in free.items()}
     masks: dict[str, Array] = {}
     shared = [name for name in densities if name not in apart]
     if shared:
@@ -155,10 +162,9 @@ def masked(draft: Draft, saliency: Mapping[str, Array], densities: Mapping[str, 
         masks[name] = largest(ranked[name], kept_count(densities[name], ranked[name].size))
     trees: dict[str, Tree] = {}
     for name in densities:
-        mask = masks[name]
-        if densities[name] != 1 or not mask.all():
-            w = dense_array(draft.tensors[name])
-            trees[name] = Sparse(mask.reshape(w.shape), w[mask.reshape(w.shape)])
+        mask = masks[name].reshape(free[name].shape)
+        if (free[name] & ~mask).any():
+            trees[name] = thinned(draft.tensors[name].tree, mask)
     return draft.with_trees(trees)
 
 
@@ -192,13 +198,10 @@ def _under_masks(draft: Draft, values: Mapping[str, Any]) -> Draft:
     """The draft with other values under its masks; tensors that are not among them stay."""
     renewed: dict[int, Tensor] = {}
     for name, tensor in draft.tensors.items():
-        if name in values:
-            dense, mask = as_stored(name, values[name])[0].copy(), tensor.tree
-            tree = Sparse(mask.mask, np.asarray(dense[mask.mask], np.float32)) if isinstance(mask, Sparse) else dense
+        if name in values and name not in draft.left:
+            try:
+                tree = refilled(tensor.tree, as_stored(name, values[name])[0])
+            except ValueError as wrong:
+                raise ValueError(f"{name}: {wrong}: rewind before packing") from None
             renewed.setdefault(id(tensor), replace(tensor, tree=tree))
     return replace(draft, tensors={name: renewed.get(id(t), t) for name, t in draft.tensors.items()})
-
-
-def _check_unfolded(draft: Draft, retrain: str) -> None:
-    if retrain in ("weights", "random") and (norms := folded_norms(draft.tensors)):
-        raise ValueError(f"{min(norms)}: is folded, so weights from before do not fit; prune before quantizing")
