@@ -18,6 +18,12 @@ from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Sparse, Transf
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Results of stages are kept for the test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def data():
     """The modules `datasets` and `models` of the real data; skips where it is absent."""

@@ -109,7 +109,7 @@ def test_a_drop_of_nothing_is_met_and_says_what_it_was_kept_on():
     result = tn.compress(task, budget=tn.Budget(drop=0))
     assert result.choice.samples == 40 and result.choice.after >= result.choice.before
     assert "on the 40 samples held back for choosing" in str(result)
-    assert result.rows[0]["likelihood"] == "classes along axis 1, told by the loss"
+    assert next(r["likelihood"] for r in result.rows if "likelihood" in r) == "classes along axis 1, told by the loss"
 
 
 @pytest.mark.parametrize("huge", [1e3, 1e6, 1e30])

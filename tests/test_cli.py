@@ -171,6 +171,28 @@ def test_arrays_alone_are_packed_and_verified_against_the_source(home):
     assert "w: the error is" in terse("verify", home / "n.terse", "--against", home / "other.npz", code=1)
 
 
+def test_weights_are_kept_and_packed_by_rules_and_the_rest_meets_the_budget(home):
+    rng = np.random.default_rng(0)
+    shapes = {"conv.weight": (16, 8, 3, 3), "mid.weight": (64, 64), "head.weight": (10, 64), "head.bias": (10,)}
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    np.savez(home / "some.npz", **arrays)
+    rules = ("--keep", "head.*", "--rule", "kind:conv2d=magnitude:density=0.5+kmeans:bits=2")
+    out = terse("compress", home / "some.npz", "--size", "6kB", *rules, "-o", home / "s.terse")
+    assert "dense: kept by the rule 'head.*'" in out and "by the rule 'kind:conv2d'" in out
+    assert 5_500 < (home / "s.terse").stat().st_size <= 6_000
+    artifact = load(home / "s.terse")
+    for name in ("head.weight", "head.bias"):
+        assert np.array_equal(artifact.unpack()[name], arrays[name])
+    notes = {t["name"]: t["note"] for t in json.loads(terse("inspect", home / "s.terse", "--json"))["tensors"]}
+    assert notes["head.bias"] == "dense: kept by the rule 'head.*'" and notes["mid.weight"] == ""
+    assert artifact.meta["rules"] == {"conv.weight": "kind:conv2d", "head.bias": "head.*", "head.weight": "head.*"}
+    conv = artifact["conv.weight"]
+    assert np.count_nonzero(conv.unpack()) == 576 and len(conv.values.codewords) == 4
+    terse("verify", home / "s.terse", "--against", home / "some.npz")
+    task = ("--task", home / "task.py", "--recipe", "deep-compression", "--keep", "2.*", "-o", home / "t.terse")
+    assert "dense: kept by the rule '2.*'" in terse("compress", *task)
+
+
 def errors(home):
     np.savez(home / "odd.npz", w=np.ones(3), dates=np.array(["2024-01-01"], "datetime64[D]"))
     torch.save({"w": torch.ones(2), "x": Code()}, home / "code.pt")
@@ -181,6 +203,16 @@ def errors(home):
     (home / "new.terse").write_bytes(b"TERSE\7" + bytes(100))
     (home / "text.npz").write_text("hello")
     (home / "empty.py").write_text("x = 1")
+    recipes = {
+        "a.yaml": "bits is 4.5: input should be a valid integer",
+        "b.yaml": "stage 2 (prune): rounds is 2.5",
+        "c.yaml": "paper: write one name",
+        "d.yaml": "no setting 'other'; there are method, rules",
+    }
+    (home / "a.yaml").write_text("paper: deep-compression\nbits: 4.5\n")
+    (home / "b.yaml").write_text("stages: [narrow, prune: {rounds: 2.5}]")
+    (home / "c.yaml").write_text("paper: [a]")
+    (home / "d.yaml").write_text("stages: [pack: {other: 5}]")
     pack = ("--recipe", home / "pack.yaml")
     return [
         (("compress", *pack, "-o", home / "x.terse"), 2, "nothing to compress"),
@@ -195,13 +227,21 @@ def errors(home):
         (("compress", home / "folder", *pack, "-o", home / "x.terse"), 2, "holds none of model.safetensors"),
         (("compress", home / "net.npz", "--ratio", "nan", "-o", home / "x.terse"), 2, "--ratio is a number"),
         (("compress", home / "net.npz", "--size", "0", "-o", home / "x.terse"), 2, "size is above 0"),
-        (("compress", home / "net.npz", *pack, "--size", "10", "-o", home / "x.terse"), 1, "the budget allows 10"),
+        (("compress", home / "net.npz", *pack, "--size", "10", "-o", home / "x.terse"), 1, "the budget of 10 bytes cannot be met"),
         (("compress", home / "text.npz", *pack, "-o", home / "x.terse"), 2, "not an .npz file"),
         (("compress", home / "gone.npz", *pack, "-o", home / "x.terse"), 2, "No such file"),
         (("compress", home / "net.npz", *pack, "-o", home / "no" / "x.terse"), 2, "no such folder"),
         (("compress", home / "net.npz", *pack, "--ratio", 500, "-o", home / "x.terse"), 1, "the budget allows"),
         (("compress", home / "net.npz", "--recipe", "best", "-o", home / "x.terse"), 2, "no 'best'"),
         (("compress", home / "net.npz", *pack, "--size", "tiny", "-o", home / "x.terse"), 2, "is not a size"),
+        (("compress", home / "net.npz", *pack, "--keep", "head*", "-o", home / "x.terse"), 2, "the rule 'head*' "),
+        (("compress", home / "net.npz", "--rule", "w=kmeens", "-o", home / "x.terse"), 2, "no 'kmeens'; there are"),
+        (("compress", home / "net.npz", "--rule", "w=kmeans:bits=4.5", "-o", home / "x.terse"), 2, "bits is 4.5"),
+        (("compress", home / "net.npz", "--rule", "w=sparsegpt", "-o", home / "x.terse"), 2, "w: SparseGPT("),
+        *[
+            (("compress", home / "net.npz", "--recipe", home / name, "-o", home / "x.terse"), 2, message)
+            for name, message in recipes.items()
+        ],
         (("compress", "--task", home / "empty.py", *pack, "-o", home / "x.terse"), 2, "no function task()"),
         (("inspect", home / "bad.terse"), 2, "damaged"),
         (("inspect", home / "new.terse"), 2, "format version 7"),
@@ -221,4 +261,4 @@ def test_bad_input_gets_one_line_its_exit_code_and_no_file(home):
 def test_help_teaches():
     said = terse("--help")
     assert all(word in said for word in ("compress", "inspect", "verify", "unpack", "recipes"))
-    assert "--drop" in terse("compress", "--help")
+    assert all(option in terse("compress", "--help") for option in ("--drop", "--keep", "--rule"))

@@ -9,31 +9,35 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "", "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "information": "",
-    "task": "data", "likelihood": "task data", "allocators": "task journal",
+    "packed": "", "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "",
+    "information": "",
+    "task": "data", "likelihood": "task data", "allocators": "task journal budget",
     "codecs": "native", "container": "packed codecs",
     "norms": "container", "artifact": "container packed codecs norms realise",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
     "calibrate": "task data likelihood tracing",
-    "draft": "packed task artifact norms journal", "contract": "draft norms packed structure task", "run": "contract draft task artifact journal key origins data",
+    "draft": "packed task artifact norms journal", "journal": "artifact",
+    "run": "contract draft task artifact journal key origins data",
+    "contract": "draft norms packed structure task",
     "folding": "draft norms packed structure artifact task tracing",
-    "waterfilling": "draft folding methods calibrate packed structure task artifact allocators data likelihood tracing",
-    "stages": "waterfilling draft run folding methods calibrate packed task artifact allocators data likelihood tracing"
-              " norms structure contract checkpoint key",
-    "papers": "stages methods allocators run",
-    "promise": "journal artifact budget calibrate draft folding likelihood packed papers run stages task waterfilling",
-    "recipe_file": "papers stages methods run",
+    "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
+                    " likelihood tracing",
+    "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
+              " tracing norms structure contract where statistics checkpoint key journal",
+    "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
+    "promise": "artifact budget calibrate draft folding journal likelihood methods packed papers run stages strength"
+               " task where",
+    "recipe_file": "papers stages methods allocators run where",
+    "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
-    "origins": "", "key": "origins", "journal": "artifact", "checkpoint": "journal key",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact",
     "cli": "sources papers report runtime run budget draft artifact codecs promise recipe_file",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
-TORCH = {"realise", "chains",
-         "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling", "tracing", "stages",
-         "promise", "threelc", "information", "norms", "data", "likelihood", "key",
-         "checkpoint", "where", "statistics"}  # fmt: skip
+TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",
+         "tracing", "stages", "promise", "strength", "threelc", "information", "norms", "data", "likelihood",
+         "where", "statistics", "key", "checkpoint"}  # fmt: skip
 
 
 def imports(file: Path):

@@ -223,15 +223,15 @@ def _ledger(data: bytes) -> list[Row]:
     shrunk, pools = header.coded / max(header.plain, 1), {pool.form: pool for pool in header.pools}
     rules = header.meta.get("rules")
     for name, tensor in header.tensors.items():
-        shape, kinds, told = tensor.tree.shape, _kinds(tensor.tree), header.told[name]
+        shape, kinds, entry = tensor.tree.shape, _kinds(tensor.tree), header.entries[name]
         note = _ruled(tensor.note, rules[name]) if isinstance(rules, dict) and name in rules else tensor.note
-        share = int(told.header * shrunk)
+        share = int(entry.header * shrunk)
         if id(tensor) in seen:
             rows.append(Row(name, "tied", shape, "", 0, 0, share, 0, None, f"tied to {seen[id(tensor)]}"))
             continue
         seen[id(tensor)] = name
         parts = []  # codec, length, whether they are floats; of a pool the tensor's share
-        for p in told.promises:
+        for p in entry.promises:
             pool = pools[p.form] if p.codec == POOLED else p
             length = p.length if pool is p else pool.length * p.size // pool.size
             parts.append((CODED[pool.codec], length, p.dtype.kind == "f"))

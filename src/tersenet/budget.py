@@ -8,6 +8,14 @@ class PromiseBroken(RuntimeError):
     """The result is larger, or worse, than the budget allows."""
 
 
+class UnmetBudget(PromiseBroken, ValueError):
+    """No setting keeps to a budget in bytes: `least` is the smallest file seen; `why` says what stands in the way."""
+
+    def __init__(self, most: int, least: int, why: str = "") -> None:
+        super().__init__(f"the budget of {most:,} bytes cannot be met: {least:,} is the least{why}")
+        self.most, self.least, self.why = most, least, why
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the file must keep to: bytes (`size`, e.g. 40000 or "40kB"), a ratio to 32-bit weights, or a drop in points.

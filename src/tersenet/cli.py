@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tersenet.artifact import Artifact, load, write_atomically
+from tersenet.artifact import load, write_atomically
 from tersenet.codecs import FormatError
 from tersenet.sources import Checkpoint, read
 
@@ -29,7 +29,7 @@ SOURCE = Annotated[
         " left out where the task brings the model"
     ),
 ]
-METADATA_CAP = 60_000  # bytes of a checkpoint's own text that are kept; a file's notes hold 64 KiB in all
+METADATA_CAP = 30_000  # bytes of a checkpoint's own text that are kept; a file's notes hold 64 KiB in all
 FILE = Annotated[Path, typer.Argument(help="A .terse file")]
 TASK = Annotated[Path | None, typer.Option("--task", help="Your Python file with a function task() -> tersenet.Task")]
 
@@ -42,18 +42,24 @@ def compress_command(
     size: Annotated[str | None, typer.Option(help="The most bytes, e.g. 500kB")] = None,
     ratio: Annotated[float | None, typer.Option(help="Times smaller than 32-bit weights, e.g. 20")] = None,
     drop: Annotated[float | None, typer.Option(help="The most that the metric may fall, in points, e.g. 0.5")] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights to leave as they are, e.g. 'head.*' or 'kind:embedding'; repeatable"),
+    ] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="Weights to pack in their own way, e.g. 'conv*=kmeans:bits=4'; repeatable")
+    ] = None,
     task: TASK = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice")] = 0,
 ) -> None:
     """Compress a network into one file and prove it by opening the file again.
 
     [dim]terse compress --task task.py --recipe deep-compression -o lenet.terse[/dim]
+    [dim]terse compress model.pt --size 500kB --keep 'head.*' --rule 'embed*=uniform:bits=6' -o model.terse[/dim]
     """
-    from dataclasses import replace
-
     from tersenet.budget import Budget
     from tersenet.promise import compress
-    from tersenet.recipe_file import find_recipe
+    from tersenet.recipe_file import find_recipe, parse_rule
 
     given = {"size": size, "ratio": ratio, "drop": drop}
     if wrong := [n for n, v in given.items() if isinstance(v, float) and not math.isfinite(v)]:
@@ -67,14 +73,11 @@ def compress_command(
     if job is None:
         raise ValueError("nothing to compress: give a SOURCE file, or --task with your model")
     notes = _metadata(checkpoint)
-    if notes and budget is not None and budget.drop is None:
-        state = checkpoint.tensors if task is None else job.model.state_dict()
-        most = budget.bytes_for(sum({t.data_ptr(): t.numel() for t in state.values()}.values())) or 0
-        budget = Budget(size=max(1, most - len(json.dumps(notes)) - 8))  # the bytes of the notes are the file's too
-    artifact = (result := compress(job, find_recipe(recipe, seed) if recipe else None, budget)).artifact
-    artifact = Artifact(artifact.tensors, artifact.coding, artifact.meta | notes)
+    rules = [parse_rule(text, seed) for text in rule or ()]
+    chosen = find_recipe(recipe, seed) if recipe else None
+    result = compress(job, chosen, budget, keep=keep or (), rules=rules, notes=notes)
+    artifact = result.artifact
     artifact.save(output)
-    result = replace(result, artifact=artifact)
     for word in checkpoint.words:
         typer.echo(f"{source}: {word}", err=True)
     typer.echo(str(result))
@@ -216,7 +219,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         _stop("stopped; nothing was written", 130)
     except Exception as wrong:
-        if type(wrong).__name__ == "PromiseBroken":
+        if any(kind.__name__ == "PromiseBroken" for kind in type(wrong).__mro__):
             _stop(str(wrong), 1)
         misfit = isinstance(wrong, RuntimeError) and "loading state_dict" in str(wrong)
         if misfit or isinstance(wrong, FormatError | ValueError | OSError | ImportError | KeyError | MemoryError):

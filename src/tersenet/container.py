@@ -164,7 +164,7 @@ class File(Source):
 
 
 @dataclass(slots=True)
-class Told:
+class Entry:
     """What the header says of a tensor's bytes: its arrays in the order of the file, CRC-32 of its own streams."""
 
     promises: list[Promise]
@@ -175,7 +175,7 @@ class Told:
 @dataclass
 class Header:
     tensors: dict[str, Tensor]
-    told: dict[str, Told]
+    entries: dict[str, Entry]
     pools: list[Promise]  # the small arrays of each format, as one
     pools_check: int
     meta: dict[str, Any]
@@ -248,7 +248,7 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
     if count > parser.left:
         raise FormatError("the header says it has more tensors than it has bytes")
     tensors: dict[str, Tensor] = {}
-    told: dict[str, Told] = {}
+    entries: dict[str, Entry] = {}
     order: list[str] = []
     name = b""
     for _ in range(count):
@@ -266,12 +266,12 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
             at = parser.number()
             if at >= len(order):
                 raise FormatError(f"{text}: tied to a tensor that is not there")
-            tensors[text], other = tensors[order[at]], told[order[at]]
-            told[text] = Told(other.promises, other.check, parser.at - begin)
+            tensors[text], other = tensors[order[at]], entries[order[at]]
+            entries[text] = Entry(other.promises, other.check, parser.at - begin)
         else:
             tensors[text] = parser.tensor(text, code)
             check = parser.take(4) if any(p.length for p in parser.promises) else bytes(4)
-            told[text] = Told(parser.promises, int.from_bytes(check, "little"), parser.at - begin)
+            entries[text] = Entry(parser.promises, int.from_bytes(check, "little"), parser.at - begin)
         order.append(text)
     pools = parser.pools()
     check = parser.take(4) if pools else bytes(4)
@@ -282,7 +282,7 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
     if parser.left or not isinstance(meta, dict):
         raise FormatError("the header is longer than its tensors")
     sizes = len(plain), coded, parser.needed + 8 * parser.longest, parser.offset + FOOTER
-    return Header(tensors, told, pools, int.from_bytes(check, "little"), meta, *sizes)
+    return Header(tensors, entries, pools, int.from_bytes(check, "little"), meta, *sizes)
 
 
 NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)
@@ -404,10 +404,10 @@ def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Ten
     """The named tensors with their arrays; tied names share one."""
     unique = {id(header.tensors[name]): name for name in reversed(names)}.values()
     coded: list[Job] = []
-    if any(p.codec == POOLED for name in unique for p in header.told[name].promises):
+    if any(p.codec == POOLED for name in unique for p in header.entries[name].promises):
         coded += _streams("(small arrays)", header.pools, header.pools_check, data)
     for name in unique:
-        coded += _streams(name, header.told[name].promises, header.told[name].check, data)
+        coded += _streams(name, header.entries[name].promises, header.entries[name].check, data)
     arrays = _arrays(coded)
     pools = {pool.form: arrays[id(pool)] for pool in header.pools if id(pool) in arrays}
     found: dict[int, Tensor] = {}
@@ -415,7 +415,7 @@ def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Ten
         tensor = header.tensors[name]
         ready = [
             arrays[id(p)] if p.codec != POOLED else pools[p.form][p.offset : p.offset + p.size].reshape(p.shape)
-            for p in header.told[name].promises
+            for p in header.entries[name].promises
         ]
         try:
             tree = _filled(tensor.tree, iter(ready))

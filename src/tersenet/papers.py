@@ -4,13 +4,38 @@ import math
 from collections.abc import Callable
 
 from tersenet.allocators.amc import AMC
+from tersenet.budget import Budget
+from tersenet.methods import Method, chain
 from tersenet.methods.kmeans import KMeans
+from tersenet.methods.sparse import Magnitude
+from tersenet.methods.uniform import Uniform
 from tersenet.run import Recipe, Stage
 from tersenet.stages.channels import SearchChannels
 from tersenet.stages.finetune import Finetune
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.stages.waterfill import Waterfill
+
+
+def output_aware(budget: Budget | None = None, samples: int = 1024) -> Recipe:
+    """Output-aware quantization in the Fisher metric without retraining, to a budget: what `compress` does by itself.
+
+    Steps by waterfilling (Lifar et al. 2026), levels with error feedback along a trellis, context-modelled coding.
+    """
+    return (Waterfill(budget=budget, samples=samples),)
+
+
+def mixed(budget: Budget | None = None, samples: int = 1024) -> Recipe:
+    """Each weight by the method that serves it best at a size, without retraining: one exchange of bits for errors.
+
+    Offered are steps by waterfilling, k-means of 2 to 5 bits, rounding by row to 3 to 8 bits, magnitude pruning with
+    k-means on what stays, and what holds a weight without loss; Lagrange's multiplier chooses (Everett 1963).
+    """
+    pruned = [chain(Magnitude(density), KMeans(bits)) for density in (0.5, 0.25, 0.1) for bits in (3, 4)]
+    shared, rounded = map(KMeans, range(2, 6)), (Uniform(bits, by_row=True) for bits in (3, 4, 5, 6, 8))
+    methods: tuple[Method, ...] = (*shared, *rounded, *pruned)
+    return (Waterfill(budget=budget, samples=samples, methods=methods),)
 
 
 def deep_compression(density: float = 0.1, bits: int = 5, rounds: int = 5, epochs: int = 1, seed: int = 0) -> Recipe:
@@ -80,10 +105,14 @@ def amc(macs: float = 0.5, episodes: int = 100, epochs: int = 0, seed: int = 0) 
 
 
 def _rounds(density: float) -> int:
+    if not 0 < density <= 1:
+        raise ValueError(f"a density is in (0, 1], not {density}")
     return max(1, round(math.log(density) / math.log(0.8)))
 
 
 PAPERS: dict[str, Callable[..., Recipe]] = {
+    "output-aware": output_aware,
+    "mixed": mixed,
     "deep-compression": deep_compression,
     "lr-rewinding": lr_rewinding,
     "lottery-ticket": lottery_ticket,

@@ -1,29 +1,35 @@
 """`compress`: run a recipe over a task or bare arrays, keep to the budget, prove the file by opening it again."""
 
+import functools
+import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tersenet.artifact import Artifact, Coding, Tensor, errors_against, load
-from tersenet.budget import Budget, PromiseBroken
+from tersenet.artifact import Artifact, Coding, FormatError, Tensor, errors_against, load
+from tersenet.budget import Budget, PromiseBroken, UnmetBudget
 from tersenet.calibrate import moments
 from tersenet.draft import Draft, artifact_of, dense_array
 from tersenet.folding import refolded
-from tersenet.journal import Row
+from tersenet.journal import Journal, Row
 from tersenet.likelihood import Likelihood
+from tersenet.methods import Method
 from tersenet.packed import Array, Packed
+from tersenet.papers import output_aware
 from tersenet.run import Choice, Recipe, Result, cache_folder, run
+from tersenet.stages.pack import Pack
+from tersenet.strength import meeting, setting, with_budget
 from tersenet.task import Task, duplicate, one_thread
-from tersenet.waterfilling.knowledge import Knowledge
-from tersenet.waterfilling.search import to_drop, to_size
+from tersenet.where import Where, kept
 
 METRIC_BYTES = 24  # what the measured metric adds to a file, at most
+ERROR = 3  # bytes that a measured error adds to a tensor
 WIDTHS = {"float64": 8, "int64": 8, "uint64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}  # others count 4
 
 
@@ -32,84 +38,107 @@ def compress(
     recipe: Recipe | None = None,
     budget: Budget | None = None,
     *,
+    keep: Iterable[Where | str] = (),
+    rules: Sequence[tuple[Where | str, Method]] = (),
     coding: Coding | None = None,
+    notes: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
 ) -> Result:
     """Turn a task's model, or named arrays, into an `Artifact`, and measure it from the reopened file.
 
-    Without a recipe the network is quantized, output-aware and without retraining, to the budget: from below for a size
-    or a ratio, and for a drop to the coarsest step whose metric on the task's data for choosing keeps the floor. The
-    default budget is a drop of half a point, or, where there are only arrays, a ratio of 8. A point is a hundredth of
-    the metric's unit. A metric that was measured is kept in the file's notes as "metric", so that `verify` can hold the
-    file to it.
+    Without a recipe it is `papers.output_aware()`: the network is quantized without retraining to the budget. The
+    default budget is a drop of half a point, or, where there are only arrays, a ratio of 8; a point is a hundredth of
+    the metric's unit. A recipe with a budget in bytes runs at its own setting that meets it (`strength.py`).
 
-    `folder` keeps the stages' results, so that a run that was stopped goes on (default: the user's cache folder).
-    Raises `PromiseBroken` where the budget is not met or the file is not smaller than its input, ValueError for input
-    that cannot be compressed. The task's model is left as it was.
+    Weights that `keep` matches stay bit for bit as they are; those that `rules` match, e.g. (("conv*", KMeans(4)),),
+    are packed before the recipe begins (`where.py`).
+
+    A metric that was measured is kept in the file's notes as "metric", so that `verify` can hold the file to it;
+    `notes` are kept there too. `folder` keeps the stages' results, so that a run that was stopped goes on (default: the
+    user's cache folder). Raises `PromiseBroken` where the budget is not met or the file is not smaller than its input,
+    ValueError for input that cannot be compressed. The task's model is left as it was.
     """
     begun = time.monotonic()
     task = replace(source, model=duplicate(source.model)) if isinstance(source, Task) else None
     draft = Draft.of_model(task.model) if task else Draft.of_arrays(source)  # type: ignore[arg-type]
-    original = dict(draft.tensors)
-    weights = sum(math.prod(t.tree.shape) for t in {id(t): t for t in original.values()}.values())
+    original, weights, given = dict(draft.tensors), draft.count(), recipe
+    recipe = output_aware() if recipe is None else recipe
+    recipe = (Pack(None, tuple(rules)), *recipe) if rules else recipe
+    draft = kept(draft, keep)
+    if budget is None and given is None:
+        budget = Budget(drop=0.5) if task and task.train is not None else Budget(ratio=8)
+    most, extra = None if budget is None else budget.bytes_for(weights), _notes_bytes(notes, task)
+    inner = budget if most is None else Budget(size=max(1, most - extra))  # the notes' bytes are the file's too
+    budgeted = None if inner is None else with_budget(recipe, inner, coding)
+    if budgeted is None and most is not None:
+        setting(recipe)  # one that decides no size says so before any work
     before = task.score(task.test) if task and task.test is not None else None
-    rows: list[Row] = []
+    place = Path(folder) if folder else cache_folder()
 
-    def log(row: Row) -> None:
-        rows.append(row)
-        _log(row)
+    def attempt(stages: Recipe) -> tuple[int, Draft]:
+        made = run(replace(draft, journal=Journal()), task, stages, place, _log)
+        return size_of(made), made
 
-    with one_thread():
-        if recipe is None:
-            budget = budget or (Budget(drop=0.5) if task and task.train is not None else Budget(ratio=8))
-            most = budget.bytes_for(weights)
-            if most is not None and before is not None:
-                most -= METRIC_BYTES
-            draft = quantized(draft, task, budget, most, coding, log)
+    def size_of(made: Draft) -> int:
+        return artifact_of(made, coding).nbytes + ERROR * len(original)
+
+    begin = draft
+
+    def quickly(stages: Recipe) -> int:
+        return size_of(functools.reduce(lambda made, stage: stage(made, task), stages, begin))
+
+    try:
+        if budgeted is None and most is not None:
+            draft = meeting(recipe, max(1, most - extra), attempt, quickly)
         else:
-            draft = run(draft, task, recipe, Path(folder) if folder else cache_folder(), log)
-        artifact = artifact_of(draft, coding, refolded(original, draft))
-        after = None
-        if task is not None and before is not None:
-            after = _proved(artifact, task)
-            artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, "metric": round(after, 6)})
-        chosen = None
-        if task is not None and budget is not None and budget.drop is not None and recipe is None:
-            chosen = Choice.of(task, artifact)
+            draft = attempt(budgeted or recipe)[1]
+    except UnmetBudget as wrong:
+        raise UnmetBudget(wrong.most + extra, wrong.least + extra, wrong.why) from None
+    artifact = artifact_of(draft, coding, refolded(original, draft))
+    artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, **(notes or {})})
+    after = None
+    if task is not None and before is not None:
+        opened = _opened(artifact)
+        after = _measured(opened, task)
+        artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, "metric": round(after, 6)})
+        _same(opened, _opened(artifact))
+    on_choice = budgeted is not None and budget is not None and budget.drop is not None
+    chosen = Choice.of(task, artifact) if on_choice and task is not None else None
+    rows = [row for row in draft.journal.rows if {"stage", "likelihood"} & row.keys()]
     result = Result(artifact, before, after, time.monotonic() - begun, rows, chosen, draft.journal.path)
-    # A drop without a recipe was kept on the data for choosing; what the test split says is reported beside it.
-    _keep_promise(result, None if recipe is None and budget and budget.drop is not None else budget, task, original)
+    # A drop that a stage kept was kept on the data for choosing; what the test split says is reported beside it.
+    _keep_promise(result, None if on_choice else budget, task, original)
     return result
 
 
-def _proved(artifact: Artifact, task: Task) -> float:
-    """The metric of the file's bytes, opened again."""
+def _notes_bytes(notes: Mapping[str, Any] | None, task: Task | None) -> int:
+    """About how many bytes a file's notes take, at most."""
+    metric = METRIC_BYTES if task is not None and task.test is not None else 0
+    return metric + (len(json.dumps(dict(notes))) + 8 if notes else 0)
+
+
+def _opened(artifact: Artifact) -> Artifact:
+    """The file's bytes, opened again."""
     try:
-        return task.score(task.test, load(artifact.to_bytes()).into(duplicate(task.model)))
+        return load(artifact.to_bytes())
+    except FormatError as wrong:
+        raise PromiseBroken(f"the file cannot be opened: {wrong}") from None
+
+
+def _measured(artifact: Artifact, task: Task) -> float:
+    """The metric of an opened file."""
+    try:
+        return task.score(task.test, artifact.into(duplicate(task.model)))
     except ValueError as wrong:
         raise PromiseBroken(f"the file cannot be measured: {wrong}") from None
 
 
-def quantized(
-    draft: Draft,
-    task: Task | None,
-    budget: Budget,
-    most: int | None,
-    coding: Coding | None = None,
-    log: Callable[[Row], None] = lambda row: None,
-) -> Draft:
-    """The draft quantized without retraining so that its file keeps the budget; what was assumed is logged."""
-    usable = task if task is not None and task.train is not None else None
-    if most is None and usable is None:
-        raise ValueError("a drop is measured on data: give Task(train=...), or a size or ratio")
-    knowledge = Knowledge.of(draft, usable)
-    if (known := knowledge.likelihood) is not None:
-        kind = f"{known.kind} along axis {known.axis}" if known.kind == "classes" else known.kind
-        log({"stage": "calibration", "likelihood": f"{kind}, told {known.why}", "layers": len(knowledge.found)})
-    if most is not None:
-        return to_size(knowledge, most, coding)
-    assert usable is not None and budget.drop is not None
-    return to_drop(knowledge, budget.drop, usable, coding)
+def _same(one: Artifact, other: Artifact) -> None:
+    """Raises PromiseBroken unless two files hold the same weights: the one that is written and the one measured."""
+    held = other.unpack()
+    for name, array in one.unpack().items():
+        if array.dtype != held[name].dtype or array.tobytes() != held[name].tobytes():
+            raise PromiseBroken(f"{name}: the file that was written is not the one that was measured")
 
 
 def _keep_promise(result: Result, budget: Budget | None, task: Task | None, original: Mapping[str, Tensor]) -> None:
@@ -160,7 +189,7 @@ def verify(path: str | Path, against: Mapping[str, Array] | None = None, task: T
             if claim is not None and error > claim * 1.002 + 1e-6:
                 raise PromiseBroken(f"{name}: the error is {error:.5f}, the file says {claim:.5f}")
     if task is not None and task.test is not None:
-        found["metric"] = _proved(artifact, task)
+        found["metric"] = _measured(artifact, task)
         claimed = artifact.meta.get("metric")
         if claimed is not None and task.metric.gain(found["metric"], claimed) < -1e-6:
             raise PromiseBroken(f"the metric is {found['metric']:.4f}, the file says {claimed:.4f}")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tersenet.budget import UnmetBudget
+
 
 class Option(NamedTuple):
     """One way to store a tensor: its exact bits and its estimated loss."""
@@ -70,7 +72,7 @@ def step_within(
 ) -> float:
     """The step c at which `size_at(c)`, falling in c, lies within `used`..1 of `most`; else the best found below.
 
-    Secant steps in log c, which sizes follow nearly linearly. Raises ValueError where no step is coarse enough.
+    Secant steps in log c, which sizes follow nearly linearly. Raises UnmetBudget where no step is coarse enough.
     """
     aim, seen, at = most * (1 + used) / 2, dict[float, int](), math.log(start)
     for _ in range(tries):
@@ -92,5 +94,5 @@ def step_within(
         elif not over:
             at = min(at, min(under) - further)
     if not under:
-        raise ValueError(f"the budget of {most:,} bytes cannot be met: {min(seen.values()):,} is the least")
+        raise UnmetBudget(most, min(seen.values()))
     return math.exp(min(under))

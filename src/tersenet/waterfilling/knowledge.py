@@ -1,7 +1,10 @@
 """What is known of a network before it is quantized: its folded norms, its moments, what errors of each layer cost."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,10 +14,13 @@ from tersenet.calibrate import Moments, moments
 from tersenet.data import samples, split_of, tensors
 from tersenet.draft import Draft
 from tersenet.folding import folded
+from tersenet.journal import Journal
 from tersenet.likelihood import Likelihood
 from tersenet.task import Task, one_thread, spread
+from tersenet.tracing.operations import Form
 from tersenet.waterfilling.lossless import Lossless, lossless
 
+LONG = 5.0  # seconds from which on moments are kept for a run that goes on after a stop
 HELD = 5  # of so many batches one is not among those that moments are made of
 Halves = tuple[Moments, Moments]
 
@@ -52,8 +58,10 @@ class Knowledge:
         seen = sum(map(samples, rest))
         labels = min(16, max(4, 4096 // seen))  # where there are few inputs, more labels make up for it in part
         model = draft.module()
-        one = moments(task, model, rest[::2], likelihood, labels)
-        other = moments(task, model, rest[1::2], likelihood, labels, seed=len(rest)) if len(rest) > 1 else one
+        journal, two = draft.journal, len(rest) > 1
+        one = _kept(journal, "moments", lambda: moments(task, model, rest[::2], likelihood, labels))
+        drawn = functools.partial(moments, task, model, rest[1::2], likelihood, labels, seed=len(rest))
+        other = _kept(journal, "more-moments", drawn) if two else one
         found = {}
         for name in {**one, **other}:
             halves = one.get(name) or other[name], other.get(name) or one[name]
@@ -66,6 +74,24 @@ class Knowledge:
         biases = {name: a.bias for name, (a, b) in found.items() if a.bias is not None and a.bias == b.bias}
         free = {name: bias for name, bias in biases.items() if bias in draft.trainable and _single(biases, bias)}
         return Knowledge(draft, task, likelihood, found, free | norms, held, lossless=lossless(_unique(draft)))
+
+
+def _kept(journal: Journal, name: str, make: Callable[[], dict[str, Moments]]) -> dict[str, Moments]:
+    """Moments that were made before the run was stopped, or those that are made now, kept where that took long."""
+    earlier = journal.kept(name)
+    if earlier is not None:
+        parts = torch.load(io.BytesIO(earlier), weights_only=True)
+        return {n: Moments(Form(*part.pop("form")), **part) for n, part in parts.items()}
+    begun = time.monotonic()
+    found = make()
+    if journal.folder is not None and time.monotonic() - begun > LONG:
+        flat = {
+            n: {f.name: getattr(m, f.name) for f in fields(m)} | {"form": tuple(vars(m.form).values())}
+            for n, m in found.items()
+        }
+        torch.save(flat, buffer := io.BytesIO())
+        journal.keep(name, buffer.getvalue())
+    return found
 
 
 def _single(biases: Mapping[str, str], bias: str) -> bool:

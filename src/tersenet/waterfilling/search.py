@@ -8,18 +8,25 @@ divergence on ResNet-20's test images), where the divergence itself, which hardl
 of, does not (0.6). Where the network fits without any loss, that is what is taken.
 """
 
+import functools
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tersenet.allocators.lagrange import step_within
 from tersenet.artifact import Coding, load
+from tersenet.budget import UnmetBudget
 from tersenet.draft import Draft, artifact_of
+from tersenet.journal import Journal
 from tersenet.likelihood import Likelihood
+from tersenet.methods import Method
 from tersenet.packed import Packed, Tree
 from tersenet.task import Task, progress
+from tersenet.waterfilling.candidates import allocated, candidates
 from tersenet.waterfilling.factors import Damping
 from tersenet.waterfilling.knowledge import Knowledge, outputs
 from tersenet.waterfilling.layers import Waterfilling
@@ -38,22 +45,42 @@ ERROR = 3  # bytes that a measured error will add to each tensor
 
 @dataclass
 class Search:
-    """The files of one network at one size: `most` bytes, with the step that met it last as the next one's start."""
+    """The files of one network at one size: `most` bytes, with the step that met it last as the next one's start.
+
+    What was `tried` before a run was stopped is kept in its journal, and not tried again.
+    """
 
     most: int
     coding: Coding
+    journal: Journal = field(default_factory=Journal)
     c: float | None = None
+    tried: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(most: int, coding: Coding, journal: Journal, name: str = "search") -> "Search":
+        """The search with what was tried under its name before."""
+        known = journal.kept(name)
+        return Search(most, coding, journal, tried={"name": name} if known is None else json.loads(known))
+
+    def once(self, label: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once: numbers, texts, and lists and dicts of them."""
+        if label not in self.tried:
+            self.tried[label] = make()
+            self.journal.keep(self.tried.get("name", "search"), json.dumps(self.tried).encode())
+        return self.tried[label]
 
     def finest(
-        self, waterfilling: Waterfilling, rate: float, used: float = 0.985, tries: int = 16
+        self, waterfilling: Waterfilling, rate: float, label: str, used: float = 0.985, tries: int = 16
     ) -> tuple[Draft, int]:
         """The draft at the finest step found whose file keeps the size, and that file's bytes."""
-        drafts: dict[float, tuple[Draft, int]] = {}
+        drafts: dict[float, Draft] = {}
+
+        def made(c: float) -> Draft:
+            return drafts.setdefault(c, drafts[c] if c in drafts else waterfilling.at(c, rate))
 
         def size_at(c: float) -> int:
-            draft = waterfilling.at(c, rate)
-            drafts[c] = draft, artifact_of(draft, self.coding).nbytes + errors
-            return drafts[c][1]
+            size: int = self.once(f"{label}: {c!r}", lambda: artifact_of(made(c), self.coding).nbytes + errors)
+            return size
 
         tensors, names = waterfilling.draft.tensors, waterfilling.draft.trainable
         kept = {id(t): t.tree for n, t in tensors.items() if n not in names and not isinstance(t.tree, Packed)}
@@ -62,10 +89,10 @@ class Search:
         start = waterfilling.guess(max(self.most - held, self.most // 16)) if self.c is None else self.c
         try:
             self.c = step_within(size_at, self.most, start, used, tries)
-        except ValueError as wrong:
-            more = f"; {held:,} bytes of it are buffers, which are kept bit for bit" if held > self.most / 4 else ""
-            raise ValueError(f"{wrong}{more}") from None
-        return drafts[self.c]
+        except UnmetBudget as wrong:
+            why = f"; {held:,} bytes of it are buffers, which are kept bit for bit" if held > self.most / 4 else ""
+            raise UnmetBudget(wrong.most, wrong.least, why) from None
+        return made(self.c), size_at(self.c)
 
 
 def without_loss(knowledge: Knowledge) -> Draft:
@@ -83,19 +110,21 @@ def _fits(knowledge: Knowledge, most: int, coding: Coding) -> Draft | None:
     return draft if artifact_of(draft, coding).nbytes + ERROR * len(knowledge.lossless) <= most else None
 
 
-def to_size(knowledge: Knowledge, most: int, coding: Coding | None = None) -> Draft:
+def to_size(knowledge: Knowledge, most: int, coding: Coding | None = None, methods: Sequence[Method] = ()) -> Draft:
     """The draft whose file takes at most `most` bytes and nearly all of them.
 
     With moments, files are made with each of `DAMPINGS` and `RATES`, and the one whose outputs on the inputs that were
-    held back stay closest to the unquantized network's is taken.
+    held back stay closest to the unquantized network's is taken. With `methods` their trees are offered for each
+    weight beside those of the best file's steps (`candidates.py`), and the file they make is one more to choose from.
     """
     whole = _fits(knowledge, most, coding or Coding())
     if whole is not None:
         return whole
-    task, likelihood, search = knowledge.task, knowledge.likelihood, Search(most, coding or QUICK)
+    journal, task, likelihood = knowledge.draft.journal, knowledge.task, knowledge.likelihood
+    search = Search.of(most, coding or QUICK, journal)
     if task is None or likelihood is None or not knowledge.found:
-        return _blind(knowledge, search)
-    knowledge = _weighed(knowledge, search)
+        return _blind(knowledge, search, methods)
+    knowledge = _with_sensitivities(knowledge, search)
     wanted = outputs(task, knowledge.draft.module(), knowledge.held)
 
     def error(draft: Draft, size: int) -> float:
@@ -103,36 +132,99 @@ def to_size(knowledge: Knowledge, most: int, coding: Coding | None = None) -> Dr
         found = likelihood.difference(wanted, outputs(task, draft.module(), knowledge.held)) * (size / most) ** FALL
         return found if math.isfinite(found) else math.inf
 
-    best, least = knowledge.draft, math.inf
+    def tried(label: str, make: Callable[[], tuple[Draft, int, float]], again: Callable[[float], Draft]) -> Tried:
+        """A file and its error; a draft that was made before the run was stopped is made `again` if it is the best."""
+        made: list[Draft] = []
+
+        def measured() -> list[float]:
+            draft, size, c = make()
+            made.append(draft)
+            journal.write(candidate=label, bytes=size, error=(found := error(draft, size)), c=c)
+            return [c, found]
+
+        c, found = search.once(label, measured)
+        return Tried(label, c, found, lambda: made[0] if made else again(c))
+
     many = sum(math.prod(knowledge.draft.tensors[name].tree.shape) for name in knowledge.found) > MANY
     settings = [(damping, rate) for damping in DAMPINGS for rate in (RATES[-1:] if many else RATES)]
+    best: tuple[Tried, Damping, float] | None = None
     for damping, rate in progress(settings, "quantizing", len(settings)):
-        draft, size = search.finest(Waterfilling.of(knowledge, damping), rate)
-        if (found := error(draft, size)) < least:
-            best, least = draft, found
-    plain, own = Waterfilling.of(knowledge, aware=False), Search(most, search.coding)
+        at, label = functools.partial(Waterfilling.of, knowledge, damping), f"rows {damping.rows}, rate {rate}"
+        made = functools.partial(_finest, search, at, rate, label)
+        one = tried(label, made, lambda c, at=at, rate=rate: at().at(c, rate))  # type: ignore[misc]
+        search.c = one.c
+        if best is None or one.error < best[0].error:
+            best = one, damping, rate
+    assert best is not None
+    chosen, blind = best[0], functools.partial(Waterfilling.of, knowledge, aware=False)
+    rough = search.once("without moments, roughly", lambda: _rough(blind(), most, search.coding, error))
+    if rough < 2 * chosen.error:  # else it is not worth a search
+        own = Search(most, search.coding, journal, None, search.tried)
+        made = functools.partial(_finest, own, blind, 0.0, "without moments")
+        one = tried("without moments", made, lambda c: blind().at(c, 0.0))
+        chosen = one if one.error < CLEARLY * chosen.error else chosen
+    if methods:
+        first, damping, rate = best
+        mixed = functools.partial(_mixed, Waterfilling.of(knowledge, damping), first.c, rate, search, methods)
+        one = tried("a mixture of methods", mixed, lambda c: mixed()[0])
+        chosen = one if one.error < chosen.error else chosen
+    journal.write(chosen=chosen.label)
+    return chosen.draft()
+
+
+class Tried(NamedTuple):
+    """A file that was made: the step, its error at the outputs, and how to get the draft."""
+
+    label: str
+    c: float
+    error: float
+    draft: Callable[[], Draft]
+
+
+def _finest(search: Search, at: Callable[[], Waterfilling], rate: float, label: str) -> tuple[Draft, int, float]:
+    draft, size = search.finest(at(), rate, label)
+    return draft, size, search.c or 0.0
+
+
+def _rough(plain: Waterfilling, most: int, coding: Coding, error: Callable[[Draft, int], float]) -> float:
     draft = plain.at(plain.guess(most), 0.0)
-    if error(draft, artifact_of(draft, search.coding).nbytes) < 2 * least:  # else it is not worth a search
-        draft, size = own.finest(plain, 0.0)
-        best = draft if error(draft, size) < CLEARLY * least else best
-    return best
+    return error(draft, artifact_of(draft, coding).nbytes)
 
 
-def _weighed(knowledge: Knowledge, search: Search) -> Knowledge:
-    """The layers with_sensitivities at the step that meets the size."""
-    first = Waterfilling.of(knowledge)
-    search.finest(first, RATES[0], 0.9)
-    return with_sensitivities(knowledge, first, search.c or first.unit)
+def _mixed(
+    waterfilling: Waterfilling, c: float, rate: float, search: Search, methods: Sequence[Method]
+) -> tuple[Draft, int, float]:
+    offers = candidates(waterfilling, c, rate, methods, search.coding)
+    errors = ERROR * len({id(waterfilling.draft.tensors[name]) for name in waterfilling.draft.trainable})
+    draft, size = allocated(waterfilling, offers, c, search.most - errors, search.coding)
+    return draft, size + errors, c
 
 
-def _blind(knowledge: Knowledge, search: Search) -> Draft:
+def _with_sensitivities(knowledge: Knowledge, search: Search) -> Knowledge:
+    """What errors of each layer cost at the outputs, seen at the step that meets the size."""
+
+    def make() -> list[Any]:
+        first = Waterfilling.of(knowledge)
+        search.finest(first, RATES[0], "first", 0.9)
+        return [search.c, dict(with_sensitivities(knowledge, first, search.c or first.unit).sensitivity)]
+
+    search.c, found = search.once("sensitivities", make)
+    return replace(knowledge, sensitivity=found)
+
+
+def _blind(knowledge: Knowledge, search: Search, methods: Sequence[Method]) -> Draft:
     """The draft at a size where nothing is known but the weights."""
-    draft, size = search.finest(Waterfilling.of(knowledge, aware=False), 0.0)
-    if size > LOOSE * search.most:
-        return draft
-    # Weights kept without loss, and zeros that are held, leave too few sizes to choose from.
-    free = replace(Waterfilling.of(knowledge, aware=False, hold=False), lossless={})
-    return min(draft, Search(search.most, search.coding).finest(free, 0.0)[0], key=free.loss)
+    plain = Waterfilling.of(knowledge, aware=False)
+    draft, size = search.finest(plain, 0.0, "without data")
+    found = [draft]
+    if size <= LOOSE * search.most:
+        # Weights kept without loss, and zeros that are held, leave too few sizes to choose from.
+        free = replace(Waterfilling.of(knowledge, aware=False, hold=False), lossless={})
+        other = Search(search.most, search.coding, search.journal, None, search.tried)
+        found.append(other.finest(free, 0.0, "without data, nothing held")[0])
+    if methods:
+        found.append(_mixed(plain, search.c or plain.unit, 0.0, search, methods)[0])
+    return min(found, key=plain.loss) if len(found) > 1 else draft
 
 
 def to_drop(knowledge: Knowledge, points: float, task: Task, coding: Coding | None = None) -> Draft:
@@ -141,39 +233,59 @@ def to_drop(knowledge: Knowledge, points: float, task: Task, coding: Coding | No
     A metric on few samples may hold by chance, so at least half of what the outputs vary must be kept as well. Where
     even fine steps lose more, the network is kept without loss.
     """
-    before = task.score(task.held(), knowledge.draft.module())
+    journal = knowledge.draft.journal
+    search = Search.of(0, coding or QUICK, journal)
+    before = search.once("before", lambda: task.score(task.held()))
     wanted = outputs(task, knowledge.draft.module(), knowledge.held)
     likelihood = knowledge.likelihood or Likelihood.of(task)
     most = ALIKE * likelihood.difference(wanted, [[part * 0 for part in parts] for parts in wanted])
 
-    def keeps(draft: Draft) -> bool:
-        model = load(artifact_of(draft, QUICK).to_bytes()).into(draft.module())
+    def keeps(draft: Draft, label: str) -> bool:
+        artifact = artifact_of(draft, QUICK)
+        model = load(artifact.to_bytes()).into(draft.module())
         try:
             after = task.score(task.held(), model)
         except ValueError:  # a metric that is no number
             return False
         alike = likelihood.difference(wanted, outputs(task, model, knowledge.held)) <= most
-        return alike and 100 * task.metric.gain(after, before) >= -points
+        journal.write(candidate=label, bytes=artifact.nbytes, metric=after)
+        return bool(alike and 100 * task.metric.gain(after, before) >= -points)
+
+    def coarsest(at: Waterfilling, name: str) -> tuple[Draft, float] | None:
+        return _coarsest(
+            at, lambda c, make: search.once(f"{name}, c {c!r}", lambda: keeps(make(), f"{name}, c {c:.4g}"))
+        )
 
     first = Waterfilling.of(knowledge)
-    begun = _coarsest(first, keeps)
+    begun = coarsest(first, "first")
     if begun is None:
         return without_loss(knowledge)
-    knowledge = with_sensitivities(knowledge, first, begun[1])
+    found = search.once("sensitivities", lambda: dict(with_sensitivities(knowledge, first, begun[1]).sensitivity))
+    knowledge = replace(knowledge, sensitivity=found)
     tried = progress(DAMPINGS, "quantizing", len(DAMPINGS))
-    found = [begun, *(_coarsest(Waterfilling.of(knowledge, damping), keeps) for damping in tried)]
-    drafts = [one[0] for one in found if one] + [without_loss(knowledge)]
+    coarse = [begun, *(coarsest(Waterfilling.of(knowledge, damping), f"rows {damping.rows}") for damping in tried)]
+    drafts = [one[0] for one in coarse if one] + [without_loss(knowledge)]
     return min(drafts, key=lambda draft: artifact_of(draft, coding or QUICK).nbytes)
 
 
-def _coarsest(waterfilling: Waterfilling, keeps: Callable[[Draft], bool]) -> tuple[Draft, float] | None:
+def _coarsest(
+    waterfilling: Waterfilling, keeps: Callable[[float, Callable[[], Draft]], bool]
+) -> tuple[Draft, float] | None:
     """The draft at the coarsest step found that keeps what it must, and the step."""
+    made: dict[float, Draft] = {}
+
+    def at(c: float) -> Draft:
+        if c not in made:
+            made.clear()
+            made[c] = waterfilling.at(c)
+        return made[c]
+
     best, low, high = None, waterfilling.unit * 2.0**-16, waterfilling.unit * 8.0
+    kept: Draft | None = None
     for _ in range(10):
         c = math.sqrt(low * high)
-        draft = waterfilling.at(c)
-        if keeps(draft):
-            best, low = (draft, c), c
+        if keeps(c, functools.partial(at, c)):
+            best, low, kept = c, c, made.get(c)
         else:
             high = c
-    return best
+    return None if best is None else (kept or at(best), best)

@@ -1,0 +1,118 @@
+"""How strong a recipe is: the setting of its own that decides the size of the file, and the search for the size.
+
+A stage with a `budget` takes the size as it is. Else all densities of a recipe, or parts of the MACs, or bits, are made
+smaller together: a density d becomes d^e, so that rounds of pruning keep their proportions.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+from tersenet.allocators.lagrange import step_within
+from tersenet.artifact import Coding
+from tersenet.budget import Budget, UnmetBudget
+from tersenet.run import Recipe, Stage
+
+SETTINGS = ("density", "macs", "bits")  # the first that a recipe has is its own
+UNTRAINED = {"epochs": 0, "final": 0, "episodes": 0, "retrain": "none"}  # what makes a run a quick one
+RUNS, USED = 4, 0.97  # of the whole recipe at most, and the part of the budget from which on a file is good enough
+Found = TypeVar("Found")
+
+
+def with_budget(recipe: Recipe, budget: Budget, coding: Coding | None) -> Recipe | None:
+    """The recipe whose last stage that can takes the budget; None where none can."""
+    takes = [k for k, stage in enumerate(recipe) if _open(stage)]
+    if not takes:
+        return None
+    budgeted = replace(recipe[takes[-1]], budget=budget, coding=coding)  # type: ignore[type-var]
+    return (*recipe[: takes[-1]], budgeted, *recipe[takes[-1] + 1 :])
+
+
+def setting(recipe: Recipe) -> str:
+    """The name of the setting that decides a recipe's size; raises ValueError where it has none."""
+    found = next((name for name in SETTINGS if any(_values(stage, name) for stage in recipe)), None)
+    if found is None:
+        stages = ", ".join(type(stage).__name__ for stage in recipe)
+        raise ValueError(
+            f"no setting of this recipe ({stages}) decides its size: give it a density, bits, or a Waterfill stage"
+        )
+    return found
+
+
+def stronger(recipe: Recipe, e: float, name: str | None = None) -> Recipe:
+    """The recipe with its own setting at the power e: 1 is the recipe itself, more is smaller.
+
+    >>> from tersenet.stages.prune import Prune
+    >>> stronger((Prune(0.1),), 2.0)[0].density
+    0.01
+    """
+    name = name or setting(recipe)
+    return tuple(
+        _changed(stage, lambda field, value: _power(value, e, name) if field == name else value) for stage in recipe
+    )
+
+
+def untrained(recipe: Recipe) -> Recipe:
+    """The recipe without its training, whose file has about the size of the whole recipe's."""
+    return tuple(_changed(stage, UNTRAINED.get) for stage in recipe)
+
+
+def meeting(
+    recipe: Recipe, most: int, run: Callable[[Recipe], tuple[int, Found]], size_of: Callable[[Recipe], int]
+) -> Found:
+    """What `run` gives for the recipe at the weakest setting found whose file keeps to `most` bytes.
+
+    `run` gives a file's bytes and what it is; `size_of` the bytes of a recipe's file alone, of recipes without their
+    training, on which the setting is sought first. Raises UnmetBudget where no setting keeps the size.
+    """
+    name, aim, start = setting(recipe), float(most), 1.0
+    best: tuple[int, Found] | None = None
+    least = None
+    for _ in range(RUNS):
+        try:
+            start = step_within(lambda e: size_of(untrained(stronger(recipe, e, name))), max(1, int(aim)), start)
+        except UnmetBudget as wrong:
+            raise UnmetBudget(most, wrong.least, f" of the recipe's {name}") from None
+        size, found = run(stronger(recipe, start, name))
+        least = size if least is None else min(least, size)
+        if size <= most and (best is None or size > best[0]):
+            best = size, found
+        if USED * most <= size <= most:
+            break
+        aim *= (1 + USED) / 2 * most / size
+    if best is None:
+        raise UnmetBudget(most, least or 0, f" of the recipe's {name}")
+    return best[1]
+
+
+def _open(stage: Stage) -> bool:
+    """Whether a stage waits for a budget."""
+    return hasattr(stage, "budget") and stage.budget is None and getattr(stage, "c", None) is None
+
+
+def _values(value: Any, name: str) -> list[float]:
+    """The numbers in fields of this name, wherever they are in a value."""
+    if isinstance(value, tuple | list):
+        return [found for part in value for found in _values(part, name)]
+    if not is_dataclass(value) or isinstance(value, type):
+        return []
+    own = [getattr(value, f.name) for f in fields(value) if f.name == name]
+    below = [found for f in fields(value) for found in _values(getattr(value, f.name), name)]
+    return [v for v in own if isinstance(v, int | float)] + below
+
+
+def _changed(value: Any, change: Callable[[str, Any], Any]) -> Any:
+    """The value with `change(field, value)` in place of every field of every dataclass in it."""
+    if isinstance(value, tuple | list):
+        return type(value)(_changed(part, change) for part in value)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    held = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+    made = {n: change(n, _changed(v, change)) for n, v in held.items()}
+    return replace(value, **{n: v for n, v in made.items() if v is not held[n]})
+
+
+def _power(value: Any, e: float, name: str) -> Any:
+    if name == "bits":
+        return min(12, max(2, round(value / e)))
+    return min(1.0, max(1e-6, value**e))
