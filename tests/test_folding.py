@@ -273,7 +273,7 @@ def test_earlier_weights_are_refused_on_a_folded_draft_before_any_work(task, qua
 
     monkeypatch.setattr(prune, "tune", lambda *_: pytest.fail("it trains"))
     for stage in (Retrain(kind, 2), Prune(0.5, 1, 2, retrain=kind)):
-        with pytest.raises(ValueError, match="10: [A-Z][a-z]+ cannot take folded norms; the weights from before"):
+        with pytest.raises(ValueError, match=r"10: [A-Z][a-z]+ cannot take folded norms; the weights from before"):
             stage(quantized, task)
 
 
