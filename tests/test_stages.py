@@ -97,7 +97,7 @@ def test_pruning_hits_its_density_to_one_weight_and_leaves_norms_and_biases(task
 def test_layers_may_have_their_own_density(task):
     draft = Prune(0.1, 1, retrain="none", rules=(("conv*", 0.5),))(Draft.of_model(task.model), task)
     assert draft.tensors["conv.weight"].tree.mask.sum() == 36
-    with pytest.raises(ValueError, match="the rule 'nope' decides about no weight; there are conv.weight, first"):
+    with pytest.raises(ValueError, match=r"the rule 'nope' decides about no weight; there are conv.weight, first"):
         Prune(rules=(("nope", 0.5),))(Draft.of_model(task.model), task)
 
 
@@ -256,7 +256,7 @@ def test_three_runs_make_the_same_file_native_or_not(task, tmp_path, monkeypatch
 
 def test_budgets_that_cannot_be_met_are_said_so(task, tmp_path):
     recipe = (Pack(KMeans(4)),)
-    with pytest.raises(PromiseBroken, match="budget of 100 bytes cannot be met: .* of the recipe's bits"):
+    with pytest.raises(PromiseBroken, match=r"budget of 100 bytes cannot be met: .* of the recipe's bits"):
         compress(task, recipe, Budget(size="100B"), folder=tmp_path)
     with pytest.raises(ValueError, match="drop needs a task"):
         compress({"w": np.ones((50, 50), np.float32)}, recipe, Budget(drop=1), folder=tmp_path)

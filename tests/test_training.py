@@ -232,9 +232,7 @@ def test_earlier_and_fresh_weights_come_in_every_type():
             assert np.array_equal(made.tensors["conv.weight"].tree.mask, draft.tensors["conv.weight"].tree.mask)
         early = task.snapshots[4]["conv.weight"].double().numpy()
         kept = draft.tensors["conv.weight"].tree.mask
-        assert np.array_equal(
-            unpack(rewound(draft, task, 4).tensors["conv.weight"].tree)[kept], early[kept].astype("f4")
-        )
+        assert np.array_equal(unpack(rewound(draft, task, 4).tensors["conv.weight"].tree)[kept], early[kept])
         other = tn.Task(nn.Linear(2, 2), snapshots=task.snapshots)
         with pytest.raises(ValueError, match="lack this tensor"):
             rewound(Draft.of_model(other.model), other, 4)
