@@ -1,8 +1,5 @@
 """The file: what it keeps, what it refuses, and what a crash leaves."""
 
-import multiprocessing
-import os
-import signal
 import struct
 import time
 import zlib
@@ -13,7 +10,7 @@ import pytest
 from conftest import floats, fresh_process, small_files, trees
 
 from tersenet import FormatError, load
-from tersenet.artifact import Artifact, Coding, Tensor, write_atomically
+from tersenet.artifact import Artifact, Coding, Tensor
 from tersenet.codecs import CODECS
 from tersenet.codecs.stream import put_number
 from tersenet.container import DTYPES, FOOTER, POOLED, PREAMBLE, _plain
@@ -295,51 +292,6 @@ def test_what_a_file_cannot_hold_is_refused_with_the_tensors_name():
         Artifact({"layer": Tensor(np.zeros((1,) * 9, np.float32))}).to_bytes()
     with pytest.raises(ValueError, match="unknown codec"):
         Coding(("zip",))
-
-
-def test_kill_during_a_save_leaves_the_old_file_or_the_new_one(tmp_path):
-    path = tmp_path / "big.terse"
-    old = Artifact({"w": Tensor(np.arange(50_000_000, dtype=np.uint8), "uint8")}, Coding(("bits",))).to_bytes()
-    context = multiprocessing.get_context("fork")
-    rng = np.random.default_rng(0)
-    data = {"w": Tensor(np.random.default_rng(1).integers(0, 255, 50_000_000).astype(np.uint8), "uint8")}
-    new = Artifact(data, Coding(("bits",))).to_bytes()
-    path.write_bytes(old)
-    for _ in range(100):
-        begin = context.Event()
-        process = context.Process(target=_save_bytes, args=(path, new, begin))
-        process.start()
-        begin.wait()
-        time.sleep(rng.random() * 0.06)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        found = path.read_bytes()
-        assert found in (old, new)
-        if found == new:
-            path.write_bytes(old)
-    Artifact({"w": Tensor(floats(3))}).save(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["big.terse"]
-
-
-def _save_bytes(path, data, begin):
-    begin.set()
-    write_atomically(path, data)
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    path = tmp_path / "w.terse"
-    Artifact({"w": Tensor(floats(3))}).save(path)
-    before = path.read_bytes()
-    script = (
-        "import resource, signal, sys, numpy as np\n"
-        "from tersenet.artifact import Artifact, Tensor\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "try:\n    Artifact({'w': Tensor(np.random.rand(5000))}).save(sys.argv[1])\n"
-        "except OSError as wrong:\n    print('refused', wrong.errno)\n"
-    )
-    assert fresh_process(script, path, check=False).startswith("refused")
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_loading_opens_nothing_else_and_runs_no_code(tmp_path):

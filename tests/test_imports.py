@@ -16,7 +16,7 @@ MAY = {
     "norms": "container", "artifact": "container packed codecs norms realise",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
     "calibrate": "task data likelihood tracing",
-    "draft": "packed task artifact norms journal", "journal": "artifact",
+    "draft": "packed task artifact norms journal", "journal": "replacing", "replacing": "",
     "run": "contract draft task artifact journal key origins data",
     "contract": "draft norms packed structure task",
     "folding": "draft norms packed structure artifact task tracing",
@@ -32,7 +32,7 @@ MAY = {
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact",
-    "cli": "sources papers report runtime run budget draft artifact codecs promise recipe_file",
+    "cli": "replacing sources papers report runtime run budget draft artifact codecs promise recipe_file",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",

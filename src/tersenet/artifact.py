@@ -1,12 +1,10 @@
 """One safe file: names, trees and bytes; `docs/format.md` is its contract and container.py its grammar.
 
-Writing is atomic: a temporary sibling, fsync, rename, fsync of the folder. The ledger accounts for every byte.
+The ledger accounts for every byte.
 """
 
 import contextlib
 import math
-import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -36,6 +34,7 @@ from tersenet.container import (
 from tersenet.packed import Array, Packed, Tree
 
 CHUNK = 1 << 20  # values that are compared at a time
+from tersenet.replacing import write_atomically
 __all__ = ["FLOATS", "Artifact", "Coding", "FormatError", "Tensor", "load"]
 
 
@@ -180,41 +179,6 @@ def _read_whole(path: Path, limit: int | None) -> bytes:
         Header.read(File(file), limit)
         file.seek(0)
         return file.read()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary sibling, fsync, rename, fsync of the folder; what dead processes left behind is removed."""
-    folder = path.resolve().parent
-    for stale in folder.glob(f".{path.name}.*.terse-part"):
-        process = re.fullmatch(re.escape(f".{path.name}.") + r"(\d+)\.terse-part", stale.name)
-        if process and int(process[1]) != os.getpid() and not _alive(int(process[1])):
-            stale.unlink(missing_ok=True)
-    part = folder / f".{path.name}.{os.getpid()}.terse-part"
-    try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _ledger(data: bytes) -> list[Row]:

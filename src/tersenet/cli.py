@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tersenet.artifact import load, write_atomically
+from tersenet.artifact import load
 from tersenet.codecs import FormatError
+from tersenet.replacing import write_atomically
 from tersenet.sources import Checkpoint, read
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")

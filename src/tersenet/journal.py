@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tersenet.artifact import write_atomically
+from tersenet.replacing import write_atomically
 
 Row = dict[str, Any]
 NAME = "run.jsonl"
