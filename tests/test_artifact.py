@@ -1,7 +1,6 @@
 """The file: what it keeps, what it refuses, and what a crash leaves."""
 
 import struct
-import time
 import zlib
 from dataclasses import replace
 

@@ -13,7 +13,7 @@ MAY = {
     "information": "",
     "task": "data", "likelihood": "task data", "allocators": "task journal budget",
     "codecs": "native", "container": "packed codecs",
-    "norms": "container", "artifact": "container packed codecs norms realise",
+    "norms": "container", "artifact": "container packed codecs norms replacing realise",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal", "journal": "replacing", "replacing": "",
