@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tersenet import native
-from tersenet.artifact import Artifact, Coding, Tensor
+from tersenet.artifact import Artifact, Coding, Section, Tensor
 from tersenet.codecs import CODECS
 from tersenet.codecs.trellis import NEXT
 from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform
@@ -66,11 +66,13 @@ def trees():
     scale = np.array(0.125, np.float32)
     levels = rng.integers(-3, 4, (4, 3, 3, 3)).astype(np.int8)
     steps = (rng.integers(-4, 5, (4, 1, 1, 1)).astype(np.int8), rng.integers(-4, 5, (1, 3, 3, 3)).astype(np.int8))
+    groups = np.arange(-24, 24, dtype=np.int8).reshape(4, 12)
     codebook = Codebook(rng.integers(0, 5, int(mask.sum())).astype(np.uint8), floats(5, 1))
     return {
         "dense": floats(5, 7),
         "Uniform": Uniform(rng.integers(0, 16, (6, 8)).astype(np.uint8), floats(6, 1), np.full((6, 1), -8, np.int8)),
         "Uniform-steps": Uniform(levels, scale, None, steps),
+        "Uniform-group": Uniform(groups, floats(4, 3), None, (np.array([[1, -1]], np.int8),)),
         "Codebook": Codebook(rng.integers(0, 9, (6, 4)).astype(np.uint8), floats(9, 3)),
         "Sparse": Sparse(mask, floats(int(mask.sum()))),
         "Sparse-Codebook": Sparse(mask, codebook),
@@ -108,6 +110,8 @@ def small_files():
         "wide": Tensor(np.array([-(2**63), 2**63 - 1]), "int64"),
     }
     files["odd"] = Artifact(odd, meta={"metric": 0.5}).to_bytes()
+    sections = {"graph": Section(b"a graph, a graph, a graph, a graph"), "\u00e9": Section(b"\0\1\2"), "": Section(b"")}
+    files["sections"] = Artifact({"w": shared}, sections=sections).to_bytes()
     values = {
         "trits": rng.integers(-1, 2, (3, 67)),
         "wide": rng.integers(0, 1000, (5, 20)),

@@ -31,13 +31,15 @@ MAY = {
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
-    "sources": "artifact",
-    "cli": "replacing sources papers report runtime run budget draft artifact codecs promise recipe_file",
+    "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "native",
+    "plan": "artifact budget contract draft methods packed promise run strength task where",
+    "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs promise"
+           " recipe_file",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",
          "tracing", "stages", "promise", "strength", "threelc", "information", "norms", "data", "likelihood",
-         "where", "statistics", "key", "checkpoint"}  # fmt: skip
+         "where", "statistics", "key", "checkpoint", "task_file", "plan"}  # fmt: skip
 
 
 def imports(file: Path):

@@ -25,17 +25,19 @@ from tersenet.container import (
     File,
     Header,
     Memory,
+    Section,
     Source,
     Tensor,
     as_type,
     decoded,
+    sections_of,
     write,
 )
 from tersenet.packed import Array, Packed, Tree
+from tersenet.replacing import write_atomically
 
 CHUNK = 1 << 20  # values that are compared at a time
-from tersenet.replacing import write_atomically
-__all__ = ["FLOATS", "Artifact", "Coding", "FormatError", "Tensor", "load"]
+__all__ = ["FLOATS", "Artifact", "Coding", "FormatError", "Section", "Tensor", "load"]
 
 
 class Row(NamedTuple):
@@ -61,6 +63,8 @@ class Row(NamedTuple):
 class Artifact:
     """The tensors of one network by name, and the file they make. Two names of one `Tensor` object are stored once.
 
+    `sections` are named bytes that travel beside the tensors, such as a graph.
+
     >>> artifact = Artifact({"w": Tensor(np.ones(1000, np.float32))})
     >>> artifact.nbytes < 70
     True
@@ -69,6 +73,7 @@ class Artifact:
     tensors: dict[str, Tensor]
     coding: Coding = field(default_factory=Coding)
     meta: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, Section] = field(default_factory=dict)
     _bytes: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tree:
@@ -120,7 +125,7 @@ class Artifact:
     def to_bytes(self) -> bytes:
         """The whole file. The same tensors and coding give the same bytes."""
         if self._bytes is None:
-            self._bytes = write(self.tensors, self.coding, self.meta)
+            self._bytes = write(self.tensors, self.coding, self.meta, self.sections)
         return self._bytes
 
     @property
@@ -150,8 +155,8 @@ class Artifact:
 def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit: int | None = None) -> Artifact:
     """Open a file and decode it, or only the named tensors of it, without reading the others.
 
-    `limit` is how many decoded bytes are allowed; without it a thousand times the file's size (at least 256 MiB, at
-    most 4 GiB). Raises `FormatError` for anything but a whole, undamaged tersenet file.
+    `limit` is how many decoded bytes are allowed; without it 256 MiB, or a thousand times the file's size up to 4 GiB,
+    or 64 times the size of a file that is larger. Raises `FormatError` for anything but a whole, undamaged file of ours.
     """
     if tensors is None and not isinstance(source, bytes):
         source = _read_whole(Path(source), limit)
@@ -167,7 +172,7 @@ def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit
         if tensors is None:
             header.check_whole(data)
         found = decoded(header, [name for name in header.tensors if name in wanted], data)
-        artifact = Artifact(found, meta=header.meta)
+        artifact = Artifact(found, meta=header.meta, sections=sections_of(header, data))
         if isinstance(source, bytes) and tensors is None:
             artifact._bytes = source
         return artifact
@@ -202,6 +207,10 @@ def _ledger(data: bytes) -> list[Row]:
         payload, tables = (sum(length for _, length, floats in parts if floats == kind) for kind in (False, True))
         used = "+".join(dict.fromkeys(codec for codec, *_ in sorted(parts, key=lambda part: -part[1])))
         rows.append(Row(name, kinds, shape, used, payload, tables, share, math.prod(shape), tensor.error, note))
+    for name, held in header.sections.items():
+        rows.append(
+            Row(f"({name})", "section", (), "", held.length, 0, 0, 0, None, f"{held.plain:,} bytes as they came")
+        )
     own = len(data) - sum(row.total for row in rows)
     return [*rows, Row("(file)", "", (), "", 0, 0, own, 0, None, "magic, version, lengths, checks, notes")]
 
@@ -224,19 +233,29 @@ def _kinds(tree: Tree) -> str:
 def ledger_text(rows: list[Row]) -> str:
     """The ledger as a table, with the sum and the ratio to 32-bit weights."""
     total, weights = sum(row.total for row in rows), sum(row.weights for row in rows)
-    wide = max(20, *(len(row.name) for row in rows))
+    names = [printable(row.name) for row in rows]
+    wide = max(20, *map(len, names))
     head = f"{'tensor':<{wide}} {'tree':<18} {'codec':<14} {'payload':>9} {'tables':>8} {'header':>7}"
     head += f" {'bits/w':>7} {'error':>7}"
     lines = [head]
-    for row in rows:
+    for name, row in zip(names, rows, strict=True):
         rate = f"{8 * row.total / row.weights:7.3f}" if row.weights else " " * 7
         error = f"{row.error:7.4f}" if row.error is not None else " " * 7
-        text = f"{row.name:<{wide}} {row.kind:<18} {row.codec:<14} {row.payload:>9,} {row.tables:>8,} {row.header:>7,} "
-        lines.append(f"{text}{rate} {error}  {row.note}".rstrip())
+        text = f"{name:<{wide}} {row.kind:<18} {row.codec:<14} {row.payload:>9,} {row.tables:>8,} {row.header:>7,} "
+        lines.append(f"{text}{rate} {error}  {printable(row.note)}".rstrip())
     ratio = 4 * weights / max(total, 1)
     bits = 8 * total / max(weights, 1)
     lines.append(f"{total:,} bytes for {weights:,} weights: {bits:.3f} bits each, {ratio:.1f}x smaller than float32")
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Text of a file as a terminal may have it: what would move the cursor, end the line or turn it is escaped.
+
+    >>> printable("a\\nb\\x1b[2J")
+    'a\\\\nb\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def as_stored(name: str, value: Any) -> tuple[Array, str]:

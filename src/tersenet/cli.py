@@ -1,27 +1,28 @@
-"""The command `terse`: compress, inspect, verify, unpack, recipes.
+"""The command `terse`: compress, inspect, verify, unpack, recipes, doctor.
 
 Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one line says what, where, and what to do).
 """
 
-import importlib.util
-import io
+import contextlib
 import json
 import math
+import os
 import sys
 import textwrap
-import zipfile
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
-from tersenet.artifact import load
+from tersenet.artifact import load, printable
+from tersenet.budget import PromiseBroken
 from tersenet.codecs import FormatError
 from tersenet.replacing import write_atomically
 from tersenet.sources import Checkpoint, read
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 SOURCE = Annotated[
     Path | None,
@@ -51,7 +52,10 @@ def compress_command(
         list[str] | None, typer.Option(help="Weights to pack in their own way, e.g. 'conv*=kmeans:bits=4'; repeatable")
     ] = None,
     task: TASK = None,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice", min=0, max=2**32 - 1)] = 0,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be done to which weight, and do nothing")
+    ] = False,
 ) -> None:
     """Compress a network into one file and prove it by opening the file again.
 
@@ -59,28 +63,35 @@ def compress_command(
     [dim]terse compress model.pt --size 500kB --keep 'head.*' --rule 'embed*=uniform:bits=6' -o model.terse[/dim]
     """
     from tersenet.budget import Budget
-    from tersenet.promise import compress
+    from tersenet.plan import plan as planned
+    from tersenet.promise import compress, verify
     from tersenet.recipe_file import find_recipe, parse_rule
 
     given = {"size": size, "ratio": ratio, "drop": drop}
     if wrong := [n for n, v in given.items() if isinstance(v, float) and not math.isfinite(v)]:
         raise ValueError(f"--{wrong[0]} is a number, e.g. 8")
     budget = Budget(**given) if any(v is not None for v in given.values()) else None  # type: ignore[arg-type]
-    _check_folder(output)
-    job: Any = _task(task) if task else None
-    checkpoint = read(source) if source is not None else Checkpoint({})
-    if source is not None:
-        job = checkpoint.tensors if job is None else _with_state(job, checkpoint, source)
-    if job is None:
-        raise ValueError("nothing to compress: give a SOURCE file, or --task with your model")
-    notes = _metadata(checkpoint)
     rules = [parse_rule(text, seed) for text in rule or ()]
     chosen = find_recipe(recipe, seed) if recipe else None
-    result = compress(job, chosen, budget, keep=keep or (), rules=rules, notes=notes)
+    if source is None and task is None:
+        raise ValueError("nothing to compress: give a SOURCE file, or --task with your model")
+    _check_output(output, source, task)
+    checkpoint = read(source) if source is not None else Checkpoint({})
+    with _running(task) as job:
+        if job is None:
+            job = checkpoint.tensors
+        elif source is not None:
+            _with_state(job, checkpoint, source)
+        if plan:
+            typer.echo(str(planned(job, chosen, budget, keep=keep or (), rules=rules)))
+            return
+        notes = _metadata(checkpoint)
+        result = compress(job, chosen, budget, keep=keep or (), rules=rules, notes=notes)
     artifact = result.artifact
+    verify(artifact.to_bytes(), checkpoint.tensors if source is not None else None)  # before there is a file
     artifact.save(output)
     for word in checkpoint.words:
-        typer.echo(f"{source}: {word}", err=True)
+        typer.echo(f"{source}: {printable(word)}", err=True)
     typer.echo(str(result))
     typer.echo(f"wrote {output} ({artifact.nbytes:,} bytes). Next: terse verify {output}")
 
@@ -95,12 +106,14 @@ def inspect(
 
     With --task also how far each layer's outputs are from the original's on training inputs.
     """
-    artifact = load(file)
+    with _about(file):
+        artifact = load(file)
     rows, outputs = artifact.ledger(), dict[str, float]()
     if task:
         from tersenet.promise import output_errors
 
-        outputs = output_errors(artifact, _task(task))
+        with _running(task) as job:
+            outputs = output_errors(artifact, job)
     if as_json:
         body = [row._asdict() | {"shape": list(row.shape), "bytes": row.total} for row in rows]
         whole = {"bytes": artifact.nbytes, "meta": artifact.meta, "tensors": body, "output_errors": outputs}
@@ -110,7 +123,7 @@ def inspect(
     if outputs:
         typer.echo("\nrelative error of the outputs:")
     for name, error in outputs.items():
-        typer.echo(f"{name:<{max(map(len, outputs))}} {error:7.4f}")
+        typer.echo(f"{printable(name):<{max(map(len, outputs))}} {error:7.4f}")
 
 
 @app.command()
@@ -121,16 +134,19 @@ def verify(
 ) -> None:
     """Open the file afresh, check every byte, and measure its errors or its metric again."""
     if against is None and task is None:
-        artifact = load(file)
+        with _about(file):
+            artifact = load(file)
         typer.echo(f"{file}: whole and undamaged, {artifact.nbytes:,} bytes, {len(artifact.tensors)} tensors")
         return
     from tersenet.promise import verify as prove
 
-    found = prove(file, read(against).tensors if against else None, _task(task) if task else None)
+    tensors = read(against).tensors if against else None
+    with _running(task) as job, _about(file):
+        found = prove(file, tensors, job)
     typer.echo(f"{file}: whole and undamaged, {found['bytes']:,} bytes, {found['tensors']} tensors")
     if "errors" in found:
         name = max(found["errors"], key=found["errors"].get)
-        typer.echo(f"largest error: {found['errors'][name]:.5f} ({name}), no worse than the file says")
+        typer.echo(f"largest error: {found['errors'][name]:.5f} ({printable(name)}), no worse than the file says")
     if "metric" in found:
         typer.echo(f"test metric: {found['metric']:.4f}, no worse than the file says")
 
@@ -141,27 +157,16 @@ def unpack(
     output: Annotated[Path, typer.Option("-o", "--output", help="A .safetensors, .pt or .npz file")],
 ) -> None:
     """Write the dense weights, each in its type; .npz has bfloat16 as float32 and 8-bit floats as bytes."""
-    _check_folder(output)
-    artifact, buffer = load(file), io.BytesIO()
-    if output.suffix == ".npz":
-        with zipfile.ZipFile(buffer, "w") as archive:  # np.savez takes some names for its own arguments
-            for name, array in artifact.unpack().items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-    elif output.suffix == ".pt":
-        import torch
+    from tersenet.targets import dense_file
 
-        torch.save(artifact.state_dict(), buffer)
-    elif output.suffix == ".safetensors":
-        from safetensors.torch import save
-
-        state = {name: tensor.clone() for name, tensor in artifact.state_dict().items()}  # it holds no tied tensors
-        text = artifact.meta.get("metadata")
-        text = {str(key): str(value) for key, value in text.items()} if isinstance(text, dict) else None
-        buffer.write(save(state, text))
-    else:
-        raise ValueError(f"{output}: give a name that ends in .safetensors, .pt or .npz")
-    write_atomically(output, buffer.getvalue())
+    _check_output(output, file)
+    with _about(file):
+        artifact = load(file)
+    try:
+        data = dense_file(artifact, output.suffix.lower())
+    except ValueError as wrong:
+        raise ValueError(f"{output}: {wrong}") from None
+    write_atomically(output, data)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
 
 
@@ -177,6 +182,15 @@ def recipes() -> None:
         typer.echo(f"{name}: {(paper.__doc__ or '').splitlines()[0]}\n    {settings}")
 
 
+@app.command()
+def doctor() -> None:
+    """Say what this installation has and lacks: versions, the C core, the extras."""
+    from tersenet.doctor import diagnosis
+
+    for line in diagnosis():
+        typer.echo(line)
+
+
 def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """The notes that carry a checkpoint's own text; what is too long is left out with a word."""
     notes = {"metadata": checkpoint.metadata} if checkpoint.metadata else {}
@@ -186,55 +200,91 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     return {}
 
 
-def _check_folder(output: Path) -> None:
-    if not output.resolve().parent.is_dir():
+def _check_output(output: Path, *inputs: Path | None) -> None:
+    """Refuse before any work what could not be written in the end, or would replace what was read."""
+    folder = output.resolve().parent
+    if not folder.is_dir():
         raise ValueError(f"{output.parent}: no such folder to write to")
+    if output.exists() and not output.is_file():
+        raise ValueError(f"{output}: is there and is no file; give another name")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: you may not write to this folder; give another one with -o")
+    if output.exists() and any(path and path.exists() and output.samefile(path) for path in inputs):
+        raise ValueError(f"{output}: is what is read; give another name with -o")
 
 
-def _task(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise ValueError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))
-    spec.loader.exec_module(module)
-    if not hasattr(module, "task"):
-        raise ValueError(f"{path}: has no function task() -> tersenet.Task")
-    return module.task()
+@contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Name the file that is bad."""
+    try:
+        yield
+    except FormatError as wrong:
+        raise FormatError(f"{path}: {wrong}") from None
 
 
-def _with_state(task: Any, checkpoint: Checkpoint, source: Path) -> Any:
+@contextlib.contextmanager
+def _running(path: Path | None) -> Iterator[Any]:
+    """The task of the user's file, None without one; what its code raises is told with its line."""
+    if path is None:
+        yield None
+        return
+    from tersenet.task_file import blamed, task_of
+
+    job = task_of(path)
+    with blamed(path):
+        yield job
+
+
+def _with_state(task: Any, checkpoint: Checkpoint, source: Path) -> None:
     from tersenet.draft import Draft, artifact_of
 
     try:
         artifact_of(Draft.of_arrays(checkpoint.tensors)).into(task.model)
     except RuntimeError as wrong:
         raise ValueError(f"{source}: does not fit the task's model: {wrong}") from None
-    return task
 
 
-def main() -> None:
-    """Run the command; turn what the user can mend into one line and an exit code."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; turn what goes wrong into one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
-        app(standalone_mode=False)
+        code = app(arguments, prog_name="terse", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        _stop("stopped; nothing was written", 130)
+        code = 130
+    except SystemExit as end:  # of shell completion, or of a pipe that was closed
+        code = 2 if end.code == 1 else end.code
+    except PromiseBroken as wrong:
+        _stop(str(wrong), 1)
     except Exception as wrong:
-        if any(kind.__name__ == "PromiseBroken" for kind in type(wrong).__mro__):
-            _stop(str(wrong), 1)
-        misfit = isinstance(wrong, RuntimeError) and "loading state_dict" in str(wrong)
-        if misfit or isinstance(wrong, FormatError | ValueError | OSError | ImportError | KeyError | MemoryError):
-            _stop(_line(wrong), 2)
-        if hasattr(wrong, "format_message"):
-            _stop(wrong.format_message(), 2)
-        raise
+        if os.environ.get("TERSE_TRACEBACK"):
+            traceback.print_exc()
+        _stop(_line(wrong), 2)
+    if code == 130:
+        _stop("stopped; no file was left half written", 130)
+    if code:
+        sys.exit(code)
+
+
+EXPECTED = (FormatError, ValueError, OSError, KeyError, MemoryError)
 
 
 def _line(wrong: Exception) -> str:
-    if isinstance(wrong, ImportError) and wrong.name in ("torch", "pydantic", "yaml", "safetensors"):
-        return f"this needs {wrong.name}: pip install 'tersenet[torch]'"
+    """What went wrong, in one line."""
+    if hasattr(wrong, "format_message"):
+        return str(wrong.format_message())
     text = str(wrong.args[0] if isinstance(wrong, KeyError) and wrong.args else wrong)
-    return textwrap.shorten(text, 600, placeholder=" ...") or type(wrong).__name__
+    if isinstance(wrong, ImportError) and wrong.name in ("torch", "pydantic", "yaml", "safetensors"):
+        text = f"this needs {wrong.name}: pip install 'tersenet[torch]'"
+    elif isinstance(wrong, OSError) and wrong.filename is not None:
+        text = f"{wrong.filename}: {wrong.strerror}"
+    elif not isinstance(wrong, EXPECTED) and "loading state_dict" not in text:
+        at = traceback.extract_tb(wrong.__traceback__)[-1]
+        text = (
+            f"{type(wrong).__name__}: {text} ({Path(at.filename).name}, line {at.lineno}; TERSE_TRACEBACK=1 tells all)"
+        )
+    return printable(textwrap.shorten(text, 600, placeholder=" ...")) or type(wrong).__name__
 
 
 def _stop(text: str, code: int) -> None:

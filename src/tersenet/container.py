@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,9 @@ from tersenet.packed import DEEPEST, NODES, Array, Packed, Tree, arrays, check_t
 
 MAGIC, VERSION = b"TERSE", 1
 PREAMBLE, FOOTER = 14, 12  # magic, version, header length, header CRC; whole length, whole CRC
-HEADER_CAP, NAME_CAP, META_CAP, RANK_CAP = 1 << 24, 1 << 10, 1 << 16, 8
-EXPANSION, ALWAYS, CEILING = 1000, 1 << 28, 1 << 32  # decoded bytes: 1000 x the file or 256 MiB, and at most 4 GiB
+HEADER_CAP, NAME_CAP, META_CAP, SECTION_CAP, RANK_CAP = 1 << 24, 1 << 10, 1 << 16, 64, 8
+# Decoded bytes: 256 MiB, or 1000 times the file up to 4 GiB, or 64 times a file that is larger.
+ALWAYS, EXPANSION, CEILING, LARGE = 1 << 28, 1000, 1 << 32, 64
 ALIAS = 255
 SMALL, VECTOR = 64, 1024  # values of arrays, and of vectors, that share the stream of others
 
@@ -163,6 +164,24 @@ class File(Source):
         return data
 
 
+class Section(NamedTuple):
+    """Named bytes beside the tensors; a reader that does not know a section that is `required` refuses the file."""
+
+    data: bytes
+    required: bool = False
+
+
+@dataclass(slots=True)
+class Held:
+    """A section that is not read yet: whether it is required and deflated, its lengths, its place and its CRC-32."""
+
+    flags: int
+    plain: int
+    length: int
+    offset: int
+    check: int
+
+
 @dataclass(slots=True)
 class Entry:
     """What the header says of a tensor's bytes: its arrays in the order of the file, CRC-32 of its own streams."""
@@ -179,6 +198,7 @@ class Header:
     pools: list[Promise]  # the small arrays of each format, as one
     pools_check: int
     meta: dict[str, Any]
+    sections: dict[str, Held]
     plain: int
     coded: int
     needed: int  # bytes in memory once all is decoded and unpacked, and 8 for each integer of the longest stream
@@ -202,7 +222,8 @@ class Header:
         header = _parse(_plain(coded), PREAMBLE + length, length)
         if header.total != data.size:
             raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
-        allowed = min(CEILING, max(ALWAYS, EXPANSION * data.size)) if limit is None else limit
+        usual = max(ALWAYS, min(CEILING, EXPANSION * data.size), LARGE * data.size)
+        allowed = usual if limit is None else limit
         if header.needed > allowed:
             raise FormatError(
                 f"the file would decode to {header.needed:,} bytes, over the limit of {allowed:,}:"
@@ -279,12 +300,15 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
         meta = json.loads(parser.take(parser.number(META_CAP)) or b"{}")
     except ValueError:
         raise FormatError("the header's notes are not JSON") from None
+    sections = parser.sections() if parser.left else {}
     if parser.left or not isinstance(meta, dict):
         raise FormatError("the header is longer than its tensors")
     sizes = len(plain), coded, parser.needed + 8 * parser.longest, parser.offset + FOOTER
-    return Header(tensors, entries, pools, int.from_bytes(check, "little"), meta, *sizes)
+    return Header(tensors, entries, pools, int.from_bytes(check, "little"), meta, sections, *sizes)
 
 
+REQUIRED, DEFLATED = 1, 2  # flags of a section
+KNOWN = frozenset[str]()  # required sections that this version understands
 NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)
 KINDS, CODED = tuple(NODES.values()), tuple(codecs.CODECS)
 POOLED = 127  # in place of a codec
@@ -393,6 +417,47 @@ class _Parser(Reader):
             self.offset += length
             self.longest = max(self.longest, count * INTEGERS[form])
         return found
+
+    def sections(self) -> dict[str, Held]:
+        found: dict[str, Held] = {}
+        count = self.number(min(SECTION_CAP, self.left))
+        for _ in range(count):
+            try:
+                name = self.take(self.number(NAME_CAP)).decode()
+            except UnicodeDecodeError:
+                raise FormatError("a section's name is not UTF-8") from None
+            flags, plain, length = self.byte(), self.number(), self.number()
+            check = int.from_bytes(self.take(4), "little")
+            if name in found or flags > REQUIRED | DEFLATED or (not flags & DEFLATED and plain != length):
+                raise FormatError(f"the section {name!r} is named twice, or of an unknown kind")
+            if flags & REQUIRED and name not in KNOWN:
+                raise FormatError(f"the file needs its section {name!r} to be understood: update tersenet")
+            found[name] = Held(flags, plain, length, self.offset, check)
+            self.offset += length
+            self.needed += plain
+        if not found:
+            raise FormatError("the header is longer than its tensors")
+        return found
+
+
+def sections_of(header: Header, data: Source) -> dict[str, Section]:
+    """The bytes of every section."""
+    found: dict[str, Section] = {}
+    for name, held in header.sections.items():
+        coded = data.read(held.offset, held.length)
+        if zlib.crc32(coded) != held.check:
+            raise FormatError(f"the section {name!r} is damaged")
+        if held.flags & DEFLATED:
+            expander = zlib.decompressobj(-15)
+            try:
+                plain = expander.decompress(coded, held.plain + 1)
+            except zlib.error:
+                raise FormatError(f"the section {name!r} is damaged") from None
+            if len(plain) != held.plain or not expander.eof or expander.unused_data:
+                raise FormatError(f"the section {name!r} is damaged")
+            coded = plain
+        found[name] = Section(coded, bool(held.flags & REQUIRED))
+    return found
 
 
 THREADS = 1 if sys.platform == "emscripten" else min(4, os.cpu_count() or 1)  # a browser's Python has none to start
@@ -517,7 +582,9 @@ def _array(promise: Promise, coded: bytes) -> Array:
 # ---------------------------------------------------------------- writing
 
 
-def write(tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any]) -> bytes:
+def write(
+    tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any], sections: Mapping[str, Section]
+) -> bytes:
     """The whole file."""
     plain, begun = bytearray(put_number(len(tensors))), list[int]()
     streams = _Streams(coding)
@@ -541,9 +608,8 @@ def write(tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any
     meta = json.dumps(dict(notes), separators=(",", ":"), sort_keys=True).encode() if notes else b""
     if len(meta) >= META_CAP:
         raise ValueError(f"the notes of a file have at most {META_CAP} bytes")
-    plain += put_number(len(meta)) + meta
-    shrinker = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
-    deflated = shrinker.compress(plain) + shrinker.flush()
+    plain += put_number(len(meta)) + meta + _section_headers(sections, streams)
+    deflated = _deflated(plain)
     small = len(deflated) < len(plain) <= _expanded(len(deflated))
     coded = b"\1" + deflated if small else b"\0" + bytes(plain)
     if max(len(coded), len(plain)) > HEADER_CAP:
@@ -604,6 +670,27 @@ class _Streams:
     def check(self, begin: int) -> bytes:
         """CRC-32 of what was coded since."""
         return struct.pack("<I", zlib.crc32(memoryview(self.data)[begin:]))
+
+
+def _section_headers(sections: Mapping[str, Section], streams: _Streams) -> bytes:
+    if len(sections) > SECTION_CAP:
+        raise ValueError(f"a file has at most {SECTION_CAP} sections")
+    head = put_number(len(sections)) if sections else b""
+    for name, section in sections.items():
+        text, coded = name.encode(), _deflated(section.data)
+        if len(text) > NAME_CAP:
+            raise ValueError(f"{name[:40]}...: a section's name has at most {NAME_CAP} bytes")
+        flags = REQUIRED * section.required | DEFLATED * (len(coded) < len(section.data))
+        coded = coded if flags & DEFLATED else section.data
+        head += put_number(len(text)) + text + bytes([flags]) + put_number(len(section.data))
+        head += put_number(len(coded)) + struct.pack("<I", zlib.crc32(coded))
+        streams.data += coded
+    return head
+
+
+def _deflated(data: bytes | bytearray) -> bytes:
+    shrinker = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    return shrinker.compress(data) + shrinker.flush()
 
 
 def _small(array: Array) -> bool:

@@ -9,10 +9,10 @@ training, and torch is never imported: its functions are found through the tenso
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -20,6 +20,7 @@ Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that h
 Tree: TypeAlias = "Packed | Array"
 
 DEEPEST = 6  # slices of both channels, another order of axes, a transform, zeros, shared values
+WORK = 1 << 13  # products for each value of an einsum's result or factors, at most
 _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
     np.float32
 )  # so that negative exponents count from its end
@@ -63,7 +64,8 @@ class Packed:
 class Uniform(Packed):
     """(q + zero) * scale * 2^(steps/2): levels of one step, by group and, with `steps`, by row or column.
 
-    `scale`, `zero` and each of `steps` (int8 exponents) broadcast against `q`; waterfilled quantization (Lifar et al.
+    `scale`, `zero` and each of `steps` (int8 exponents) broadcast against `q`; one with fewer places along an axis, in
+    equal groups, says the same for a whole group, as of 64 neighbours in a row. Waterfilled quantization (Lifar et al.
     2026) sends its column steps this way, or as channel times frequency.
     """
 
@@ -73,13 +75,13 @@ class Uniform(Packed):
     steps: tuple[Array, ...] = ()
 
     def unpack(self) -> Array:
-        rows, columns = unpack(self.scale), None
+        rows, columns = ungrouped(unpack(self.scale), self.shape), None
         xp = namespace(rows)
         dense = xp.asarray(self.q, dtype=xp.float32)
         if self.zero is not None:
-            dense = dense + xp.asarray(self.zero, dtype=xp.float32)
+            dense = dense + ungrouped(xp.asarray(self.zero, dtype=xp.float32), self.shape)
         for exponents in self.steps:
-            powers = half_powers(exponents)
+            powers = half_powers(ungrouped(exponents, self.shape))
             if exponents.shape[:1] == dense.shape[:1]:
                 rows = rows * powers
             else:
@@ -98,7 +100,7 @@ class Uniform(Packed):
         _require(is_integer(self.q), "levels are integers")
         _require(isinstance(steps, tuple), "steps are a tuple")
         for part in (self.scale, *steps) if zero is None else (self.scale, zero, *steps):
-            _require(_broadcasts(part.shape, shape), "scale, zero and steps broadcast against the levels")
+            _require(_broadcasts(part.shape, shape), "scale, zero and steps broadcast against the levels, or by group")
         _require(zero is None or is_integer(zero), "zero is an integer")
         for part in steps:
             _require(not _is_numpy(part) or part.dtype == np.int8, "steps are int8")
@@ -210,7 +212,12 @@ class Factored(Packed):
 
     def unpack(self) -> Array:
         factors = [unpack(factor) for factor in self.factors]
-        return namespace(factors[0]).einsum(self.equation, *factors).reshape(self.size)
+        terms, _, result = self.equation.replace("->", ",").rpartition(",")
+        einsum = namespace(factors[0]).einsum
+        for step in contractions(terms.split(","), [factor.shape for factor in factors], result):
+            pair = [factors.pop(at) for at in step.operands]
+            factors.append(einsum(step.equation, *pair))
+        return factors[0].reshape(self.size)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -233,6 +240,33 @@ class Factored(Packed):
                 _require(extent.setdefault(letter, n) == n, "a letter has one extent")
         _require(len(set(right)) == len(right) and set(right) <= set(extent), "the result's letters are known")
         _require(math.prod(extent[c] for c in right) == math.prod(self.size), "the result fills the shape")
+        held = max(1, math.prod(self.size), *(math.prod(factor.shape) for factor in self.factors))
+        for step in contractions(terms, [factor.shape for factor in self.factors], right):
+            _require(step.work <= WORK * held and step.size <= 8 * held, "the equation's products are not too many")
+
+
+class Contraction(NamedTuple):
+    """One step of an einsum: its operands' places, the later first, what is done, its products, its result's size."""
+
+    operands: tuple[int, ...]
+    equation: str
+    work: int
+    size: int
+
+
+def contractions(terms: Sequence[str], shapes: Sequence[tuple[int, ...]], result: str) -> list[Contraction]:
+    """An einsum as steps of two operands each, the pair of fewest products first; the last gives the result."""
+    extent = {c: n for term, shape in zip(terms, shapes, strict=True) for c, n in zip(term, shape, strict=True)}
+    left, steps = list(terms), list[Contraction]()
+    while not steps or len(left) > 1:
+        pairs: list[tuple[int, ...]] = [(j, i) for j in range(len(left)) for i in range(j)] or [(0,)]
+        work, pair = min((math.prod(extent[c] for c in {*"".join(left[k] for k in p)}), p) for p in pairs)
+        own = [left.pop(at) for at in pair]
+        needed = {*result, *"".join(left)}
+        made = result if not left else "".join(sorted({*"".join(own)} & needed))
+        steps.append(Contraction(pair, f"{','.join(own)}->{made}", work, math.prod(extent[c] for c in made)))
+        left.append(made)
+    return steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -428,9 +462,19 @@ def tree_lines(name: str, tree: Tree, size_of: Callable[[str, Array], int]) -> l
     return [head, *walk(name, tree, "", "")]
 
 
+def ungrouped(part: Array, shape: tuple[int, ...]) -> Array:
+    """An array that broadcasts against a shape, by group or as it is, with each group's value at all of its places."""
+    for axis, (own, n) in enumerate(zip(part.shape, shape[len(shape) - len(part.shape) :], strict=True)):
+        if own not in (1, n):
+            xp = namespace(part)
+            part = np.repeat(part, n // own, axis) if xp is np else xp.repeat_interleave(part, n // own, axis)
+    return part
+
+
 def _broadcasts(shape: tuple[int, ...], against: tuple[int, ...]) -> bool:
     skipped = len(against) - len(shape)
-    return not shape or (skipped >= 0 and all(a in (1, b) for a, b in zip(shape, against[skipped:], strict=True)))
+    pairs = zip(shape, against[max(skipped, 0) :], strict=False)
+    return not shape or (skipped >= 0 and all(a in (1, b) or (a and b % a == 0) for a, b in pairs))
 
 
 def _is_shape(extents: Any) -> bool:

@@ -23,6 +23,7 @@ from tersenet.packed import (
     Uniform,
     children,
     places,
+    ungrouped,
     unpack,
 )
 
@@ -191,7 +192,10 @@ def _taken_of_levels(tree: Uniform, axis: int, wanted: Array) -> Tree:
 
     def part(values: Tree) -> Tree:
         own = axis - (len(tree.q.shape) - len(values.shape))
-        return values if own < 0 or values.shape[own] == 1 else taken(values, own, wanted)
+        if own < 0 or values.shape[own] == 1:
+            return values
+        by_group = values.shape[own] != tree.q.shape[axis]
+        return taken(ungrouped(unpack(values), tree.q.shape) if by_group else values, own, wanted)
 
     def step(exponents: Array) -> Array:
         """Steps of rows are multiplied before those of columns, and told apart by their first extent."""

@@ -198,7 +198,8 @@ def _unit(node: Uniform) -> Any:
     scale = np.asarray(node.scale)
     squares = np.square(replace(node, scale=np.ones_like(scale)).unpack().astype(np.float64))
     squares = squares.sum(tuple(range(squares.ndim - scale.ndim)))
-    squares = squares.sum(tuple(axis for axis, n in enumerate(scale.shape) if n == 1), keepdims=True)
+    groups = [part for own, n in zip(scale.shape, squares.shape, strict=True) for part in (own, n // max(own, 1))]
+    squares = squares.reshape(groups).sum(tuple(range(1, len(groups), 2)))
     return np.asarray(1 / np.sqrt(np.where(squares > 0, squares, 1)), np.float32).reshape(scale.shape)
 
 
