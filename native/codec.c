@@ -1,8 +1,9 @@
+#include "compiler.h"
 #include "terse.h"
 
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(VECTORS)
 #define TERSE_X86 1
 #include <immintrin.h>
 #endif
@@ -24,17 +25,22 @@ static int64_t bytes_for(int64_t n, int32_t width) {
     return n > (INT64_MAX - 7) / 64 ? -1 : (n * width + 7) / 8;
 }
 
+/* An integer goes in parts of at most 32 bits, so that with the bits that wait for a whole byte it fits into 64. */
 int64_t terse_bits_encode(const uint64_t *in, int64_t n, int32_t width, uint8_t *out, int64_t capacity) {
     if (n < 0 || width < 0 || width > 64) return TERSE_EARGUMENT;
     int64_t need = bytes_for(n, width);
     if (need < 0 || need > capacity) return TERSE_ERANGE;
-    unsigned __int128 held = 0;
+    const int32_t low = width < 32 ? width : 32, high = width - low;
+    const uint64_t low_mask = ((uint64_t)1 << low) - 1, high_mask = ((uint64_t)1 << high) - 1;
+    uint64_t held = 0;
     int32_t count = 0;
     uint8_t *p = out;
     for (int64_t i = 0; i < n; i++) {
-        held |= (unsigned __int128)in[i] << count;
-        count += width;
-        for (; count >= 8; count -= 8, held >>= 8) *p++ = (uint8_t)held;
+        held |= (in[i] & low_mask) << count;
+        for (count += low; count >= 8; count -= 8, held >>= 8) *p++ = (uint8_t)held;
+        if (high == 0) continue;
+        held |= (in[i] >> 32 & high_mask) << count;
+        for (count += high; count >= 8; count -= 8, held >>= 8) *p++ = (uint8_t)held;
     }
     if (count > 0) *p++ = (uint8_t)held;
     return p - out;
@@ -43,15 +49,21 @@ int64_t terse_bits_encode(const uint64_t *in, int64_t n, int32_t width, uint8_t 
 int64_t terse_bits_decode(const uint8_t *in, int64_t length, int64_t n, int32_t width, uint64_t *out) {
     if (n < 0 || width < 0 || width > 64) return TERSE_EARGUMENT;
     if (bytes_for(n, width) != length) return TERSE_EDATA;
-    uint64_t mask = width == 64 ? ~0ull : (1ull << width) - 1;
-    unsigned __int128 held = 0;
+    const int32_t low = width < 32 ? width : 32, high = width - low;
+    const uint64_t low_mask = ((uint64_t)1 << low) - 1, high_mask = ((uint64_t)1 << high) - 1;
+    uint64_t held = 0;
     int32_t count = 0;
     const uint8_t *p = in;
     for (int64_t i = 0; i < n; i++) {
-        for (; count < width; count += 8) held |= (unsigned __int128)*p++ << count;
-        out[i] = (uint64_t)held & mask;
-        held >>= width;
-        count -= width;
+        for (; count < low; count += 8) held |= (uint64_t)*p++ << count;
+        out[i] = held & low_mask;
+        held >>= low;
+        count -= low;
+        if (high == 0) continue;
+        for (; count < high; count += 8) held |= (uint64_t)*p++ << count;
+        out[i] |= (held & high_mask) << 32;
+        held >>= high;
+        count -= high;
     }
     return held ? TERSE_EDATA : n; /* padding must be zero: one canonical form */
 }
@@ -364,6 +376,8 @@ int64_t terse_rans_decode(const uint8_t *in, int64_t length, const uint16_t *fre
 #ifdef TERSE_X86
     if (lanes == 32 && simd == 2) i = rans_avx512(x, table, &p, end, out, n);
     if (lanes == 32 && simd == 1) i = rans_avx2(x, table, &p, end, out, n);
+#else
+    (void)simd;
 #endif
     for (; i < n; i++) {
         int32_t s = rans_step(&x[i % lanes], table, &p, end);

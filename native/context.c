@@ -1,10 +1,7 @@
+#include "compiler.h"
 #include "terse.h"
 
 #include <string.h>
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 /* Magnitudes are coded first, then the signs of those that are not zero. A magnitude is one letter of an alphabet of 16
  * (0..7, then half octaves, then "128 and more") and even bits for what the letter leaves open. The alphabet is chosen by
@@ -36,13 +33,16 @@
 
 static const uint8_t NEXT[TERSE_STATES][2] = TERSE_NEXT;
 
-#define INLINE static inline __attribute__((always_inline))
-#define KEEP(value) __asm__("" : "+r"(value)) /* in a register, and not a reason to branch */
-
+#ifdef VECTORS
 typedef float floats __attribute__((vector_size(16)));
 typedef int32_t integers __attribute__((vector_size(16)));
 typedef uint16_t shorts __attribute__((vector_size(16)));
 typedef uint16_t quarter __attribute__((vector_size(8)));
+#else
+typedef float floats[4];
+typedef int32_t integers[4];
+typedef uint16_t shorts[8];
+#endif
 
 typedef struct {
     _Alignas(64) uint16_t fresh[LETTERS]; /* counts since the ends were made, less `room`; full at 2^16 */
@@ -106,7 +106,7 @@ INLINE void list(stream *c, uint64_t start, uint64_t share, int64_t lane) {
 /* The state after a step, with a word more when it has run low. Without words it runs down to what it began with. */
 INLINE uint64_t moved(stream *c, uint64_t state, uint64_t share, uint64_t inside) {
     state = share * (state >> BITS) + inside;
-    if (__builtin_expect(state >> 32 == 0 && c->in != c->end, 0)) {
+    if (RARE(state >> 32 == 0 && c->in != c->end)) {
         state = state << 32 | (uint32_t)c->in[0] | (uint32_t)c->in[1] << 8 | (uint32_t)c->in[2] << 16 |
                 (uint32_t)c->in[3] << 24;
         c->in += 4;
@@ -127,11 +127,12 @@ static uint32_t code_bits(stream *c, uint64_t *state, int64_t lane, uint32_t val
 }
 
 /* What is left of a magnitude. From TAIL on: the length of rest + 1 in five bits, then its lower bits. */
-static __attribute__((noinline)) uint32_t code_rest(stream *c, const estimates *s, uint64_t *state, int64_t lane,
-                                                    int64_t letter, uint32_t size, const int32_t decode) {
+APART uint32_t code_rest(stream *c, const estimates *s, uint64_t *state, int64_t lane, int64_t letter, uint32_t size,
+                         const int32_t decode) {
     uint32_t rest = size - FLOOR[letter];
     if (letter < LETTERS - 1) return FLOOR[letter] + code_bits(c, state, lane, rest, s->open[letter], decode);
-    uint32_t bits = decode ? 0 : 31 - (uint32_t)__builtin_clz(rest + 1);
+    uint32_t bits = 0;
+    while (!decode && (rest + 1) >> bits > 1) bits++;
     bits = code_bits(c, state, lane, bits, 5, decode);
     if (bits > 29) return 1u << 30; /* over every limit */
     uint32_t high = bits > 14 ? bits - 14 : 0, top = 0, low;
@@ -142,7 +143,7 @@ static __attribute__((noinline)) uint32_t code_rest(stream *c, const estimates *
 
 /* The letter that `slot`, less WHOLE, falls in. */
 INLINE int64_t find(const int16_t *end, int32_t slot) {
-#if defined(__SSE2__) && defined(__x86_64__)
+#if defined(SSE2) && defined(__x86_64__)
     __m128i x = _mm_set1_epi16((int16_t)slot), low = _mm_load_si128((const __m128i *)end);
     __m128i over = _mm_packs_epi16(_mm_cmpgt_epi16(low, x), _mm_cmpgt_epi16(_mm_load_si128((const __m128i *)end + 1), x));
     int64_t letter;
@@ -155,8 +156,9 @@ INLINE int64_t find(const int16_t *end, int32_t slot) {
 #endif
 }
 
+#ifdef VECTORS
 INLINE shorts packed(integers low, integers high) {
-#if defined(__SSE2__)
+#ifdef SSE2
     return (shorts)_mm_packs_epi32((__m128i)low, (__m128i)high);
 #else
     shorts all;
@@ -165,9 +167,14 @@ INLINE shorts packed(integers low, integers high) {
 #endif
 }
 
+INLINE floats fourth(const shorts *counts, int32_t k) {
+    return __builtin_convertvector(__builtin_convertvector(((const quarter *)counts)[k], integers), floats);
+}
+#endif
+
 /* Counts that are `room` under, as those of all letters up to each; returns the last. */
 INLINE int32_t running(const uint16_t *fresh, uint16_t room, shorts *below) {
-#if defined(__SSE2__)
+#ifdef SSE2
     __m128i more = _mm_set1_epi16((int16_t)room), low = _mm_add_epi16(_mm_load_si128((const __m128i *)fresh), more);
     __m128i high = _mm_add_epi16(_mm_load_si128((const __m128i *)fresh + 1), more);
     low = _mm_add_epi16(low, _mm_slli_si128(low, 2)), high = _mm_add_epi16(high, _mm_slli_si128(high, 2));
@@ -182,16 +189,21 @@ INLINE int32_t running(const uint16_t *fresh, uint16_t room, shorts *below) {
 }
 
 /* Adds counts to those before, halved until they are under `most`; returns the last. */
-INLINE int32_t added(shorts *before, const shorts *below, int32_t more, int32_t most) {
+INLINE int32_t added(shorts *before, shorts *below, int32_t more, int32_t most) {
     int32_t all = before[1][7] + more, old = 0;
     while (all >> old >= most) old++;
+#ifdef VECTORS
     before[0] = (before[0] + below[0]) >> old, before[1] = (before[1] + below[1]) >> old;
+#else
+    for (int32_t k = 0; k < LETTERS; k++)
+        before[k / 8][k % 8] = (uint16_t)((uint16_t)(before[k / 8][k % 8] + below[k / 8][k % 8]) >> old);
+#endif
     return all >> old;
 }
 
 /* How often the most frequent letter was seen. */
-INLINE int32_t most_frequent(const shorts *below) {
-#if defined(__SSE2__)
+INLINE int32_t most_frequent(shorts *below) {
+#ifdef SSE2
     __m128i low = (__m128i)below[0], high = (__m128i)below[1];
     __m128i before = _mm_or_si128(_mm_slli_si128(high, 2), _mm_srli_si128(low, 14));
     __m128i top = _mm_max_epi16(_mm_sub_epi16(low, _mm_slli_si128(low, 2)), _mm_sub_epi16(high, before));
@@ -206,24 +218,20 @@ INLINE int32_t most_frequent(const shorts *below) {
 #endif
 }
 
-INLINE floats fourth(const shorts *counts, int32_t k) {
-    return __builtin_convertvector(__builtin_convertvector(((const quarter *)counts)[k], integers), floats);
-}
-
 /* Makes the ends anew: its own counts on top of those of the level on top of the prior. Single operations on floats give
  * the same on every machine; nothing is summed in floats. Ends are written as they are read, in whole vectors. */
-static __attribute__((noinline)) void renew(estimates *s, alphabet *a) {
+APART void renew(estimates *s, alphabet *a) {
     const int64_t level = (a - &s->at[0][0]) / LEFTS;
     shorts below[2];
     const int32_t more = running(a->fresh, a->room, below);
     const int32_t count = added(a->near, below, more, s->most), all = added(s->far[level], below, more, s->most);
     a->room = (uint16_t)(3 + most_frequent(a->near) / 3);
-    const shorts under = (shorts){0} - a->room;
-    ((shorts *)a->fresh)[0] = ((shorts *)a->fresh)[1] = under;
+    for (int32_t k = 0; k < LETTERS; k++) a->fresh[k] = (uint16_t)-a->room;
     const float lean = (float)(FRESH + count / 2), free = (float)(WHOLE - LEAST * (s->last + 1));
     const float by_own = 1 / (lean + (float)count), parent = lean * by_own * (1 / (float)(KNOWN + all));
     const float by_prior = KNOWN * parent, by_far = free * parent, by_near = free * by_own;
     const float least = LEAST * ((float)all * parent + (float)count * by_own);
+#ifdef VECTORS
     integers end[LETTERS / 4];
     for (int32_t k = 0; k < LETTERS / 4; k++) {
         const floats place = {(float)(4 * k + 1), (float)(4 * k + 2), (float)(4 * k + 3), (float)(4 * k + 4)};
@@ -233,6 +241,13 @@ static __attribute__((noinline)) void renew(estimates *s, alphabet *a) {
     }
     ((shorts *)a->end)[0] = packed(end[0], end[1]) & s->occurs[0];
     ((shorts *)a->end)[1] = packed(end[2], end[3]) & s->occurs[1];
+#else
+    for (int32_t k = 0; k < LETTERS; k++) {
+        float share = by_prior * s->prior[level * LETTERS + k] + by_far * (float)s->far[level][k / 8][k % 8] +
+                      by_near * (float)a->near[k / 8][k % 8] + least * (float)(k + 1);
+        a->end[k] = s->occurs[k / 8][k % 8] ? (int16_t)((int32_t)share - WHOLE) : 0;
+    }
+#endif
 }
 
 static void begin(estimates *s, const terse_model *m) {
@@ -270,23 +285,40 @@ static void begin(estimates *s, const terse_model *m) {
 
 /* Moves the means of a column and of the rows to what was seen. */
 INLINE void learn(estimates *s, lanes *v, int64_t t, int64_t place, integers pair, const int64_t active) {
+#ifdef VECTORS
     floats goal = __builtin_convertvector(pair & 0xffff, floats);
+#else
+    floats goal;
+    for (int32_t l = 0; l < LANES; l++) goal[l] = (float)(pair[l] & 0xffff);
+#endif
     float sum = 0, mean = v->mean[t];
     if (active == LANES) sum = (goal[0] + goal[1]) + (goal[2] + goal[3]); /* exact */
     else for (int64_t l = 0; l < active; l++) sum += goal[l];
     v->mean[t] = mean + (sum - (float)active * mean) * v->settle;
+#ifdef VECTORS
     s->row[place] += (goal - s->row[place]) * v->memory;
+#else
+    for (int32_t l = 0; l < LANES; l++) s->row[place][l] += (goal[l] - s->row[place][l]) * v->memory;
+#endif
 }
 
 /* The alphabets of the predicted levels, in bytes. */
 INLINE void predict(const estimates *s, const lanes *v, int64_t t, int64_t place, uint32_t *level) {
+#ifdef VECTORS
     integers found = ((integers)(s->row[place] * v->by_row + v->mean[t] * v->by_column) >> 22) * (int32_t)sizeof s->at[0];
     memcpy(level, &found, sizeof found);
+#else
+    for (int32_t l = 0; l < LANES; l++) {
+        float mean = s->row[place][l] * v->by_row + v->mean[t] * v->by_column;
+        memcpy(&level[l], &mean, sizeof mean);
+        level[l] = (level[l] >> 22) * (uint32_t)sizeof s->at[0];
+    }
+#endif
 }
 
 /* What is left of the magnitudes of those lanes whose letters leave something open. */
-static __attribute__((noinline)) void code_large(stream *c, estimates *s, lanes *v, const int64_t *letter, const uint32_t *size,
-                                                 int64_t active, int64_t t, const int32_t trellis, const int32_t decode) {
+APART void code_large(stream *c, estimates *s, lanes *v, const int64_t *letter, const uint32_t *size, int64_t active, int64_t t,
+                      const int32_t trellis, const int32_t decode) {
     for (int64_t l = 0; l < active; l++) {
         if (letter[l] < EXACT) continue;
         uint32_t number = code_rest(c, s, &v->state[l], l, letter[l], decode ? 0 : size[l], decode);
@@ -317,12 +349,12 @@ INLINE void code_rows(stream *given, estimates *s, lanes *rows, int64_t columns,
     int64_t gap = skip ? v.column[0] : 0, place = gap % places, last = 0;
     const meaning *first = &s->of[0][0];
     if (gap) leap(s, &first, gap);
-#pragma GCC unroll 4
+    UNROLL
     for (int64_t l = 0; l < active; l++) v.seen[l] = first;
     predict(s, &v, 0, place, level);
     for (int64_t t = 0; t < columns; t++) {
         const int64_t at = skip ? v.column[t] : t;
-#pragma GCC unroll 4
+        UNROLL
         for (int64_t l = 0; l < active; l++) {
             a[l] = (alphabet *)((char *)s->at + ((int64_t)level[l] + v.seen[l]->offset - FIRST * (int64_t)sizeof s->at[0]));
             KEEP(a[l]);
@@ -339,10 +371,10 @@ INLINE void code_rows(stream *given, estimates *s, lanes *rows, int64_t columns,
         if (t) learn(s, &v, t - 1, last, pair, active);
         last = place;
         gap = skip ? v.column[t + 1] - at - 1 : 0;
-        place = __builtin_expect(gap, 0) ? v.column[t + 1] % places : place + 1 == places ? 0 : place + 1;
+        place = RARE(gap) ? v.column[t + 1] % places : place + 1 == places ? 0 : place + 1;
         predict(s, &v, t + 1, place, level);
         int64_t large = 0;
-#pragma GCC unroll 4
+        UNROLL
         for (int64_t l = 0; l < active; l++) {
             const int16_t *end = a[l]->end + letter[l];
             int32_t start = end[-1];
@@ -360,11 +392,16 @@ INLINE void code_rows(stream *given, estimates *s, lanes *rows, int64_t columns,
             large |= letter[l];
         }
         if (decode) {
+#ifdef VECTORS
             integers found = pair >> 16;
-#pragma GCC unroll 4
+#else
+            integers found;
+            for (int32_t l = 0; l < LANES; l++) found[l] = pair[l] >> 16;
+#endif
+            UNROLL
             for (int64_t l = 0; l < active; l++) v.line[l][at] = found[l];
         }
-        if (__builtin_expect(large >= EXACT, 0)) {
+        if (RARE(large >= EXACT)) {
             lanes lent = v; /* copies whose addresses are taken, so that the others can stay in registers */
             stream rest = c;
             int64_t letters[LANES];
@@ -373,11 +410,11 @@ INLINE void code_rows(stream *given, estimates *s, lanes *rows, int64_t columns,
             v = lent;
             c = rest;
         }
-#pragma GCC unroll 4
+        UNROLL
         for (int64_t l = 0; l < active; l++)
-            if (__builtin_expect(++a[l]->fresh[letter[l]] == 0, 0))
+            if (RARE(++a[l]->fresh[letter[l]] == 0))
                 renew(s, a[l]);
-        if (__builtin_expect(gap, 0))
+        if (RARE(gap))
             for (int64_t l = 0; l < active; l++) leap(s, &v.seen[l], gap);
     }
     learn(s, &v, columns - 1, last, pair, active);
@@ -512,7 +549,11 @@ INLINE int64_t code_matrix(stream *given, estimates *s, const terse_model *m, in
         v.settle = settle > least ? settle : least;
         int32_t *group = decode ? values : values + i * m->width;
         for (int64_t l = 0; l < active; l++) v.line[l] = group + l * m->width;
+#ifdef VECTORS
         for (int32_t k = 0; k < m->places; k++) s->row[k] = (floats){start[k], start[k], start[k], start[k]};
+#else
+        for (int32_t k = 0; k < m->places * LANES; k++) s->row[k / LANES][k % LANES] = start[k / LANES];
+#endif
         if (active == LANES && m->columns == m->width) code_rows(given, s, &v, m->columns, m->places, LANES, trellis, 0, decode);
         else if (active == LANES) code_rows(given, s, &v, m->columns, m->places, LANES, trellis, 1, decode);
         else code_rows(given, s, &v, m->columns, m->places, active, trellis, 1, decode);
@@ -547,6 +588,7 @@ int64_t terse_context_encode(const int32_t *in, const terse_model *m, uint64_t *
     uint64_t states[LANES] = {0};
     int64_t error = checked(m), at, count = lanes_of(m);
     if (error) return error;
+    if (terse_abi() == 0) return TERSE_EBUILD;
     begin(&s, m);
     stream c = {.list = listed, .capacity = room};
     if (m->trellis) code_matrix(&c, &s, m, (int32_t *)in, states, mean, around, 0, 1, 0);
@@ -683,10 +725,11 @@ static int64_t decode_array(const uint8_t *in, const terse_array *array, const f
     return decode_values(in, end - in, &s, &m, values, mean, around, &to);
 }
 
-int64_t terse_context_decode(const uint8_t *in, terse_array *arrays, int64_t count, int64_t *next, const float *prior,
+int64_t terse_context_decode(const uint8_t *in, terse_array *arrays, int64_t count, int32_t *next, const float *prior,
                              uint8_t *out, void *room, int64_t capacity) {
     int64_t at, done = 0;
-    while ((at = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count) {
+    if (terse_abi() == 0) return TERSE_EBUILD;
+    while ((at = TAKE(next)) < count) {
         terse_array *array = &arrays[at];
         array->done = decode_array(in + array->in, array, prior, out + array->out, room, capacity);
         done++;

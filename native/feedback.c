@@ -1,3 +1,4 @@
+#include "compiler.h"
 #include "terse.h"
 
 #include <string.h>

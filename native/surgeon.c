@@ -1,3 +1,4 @@
+#include "compiler.h"
 #include "terse.h"
 
 /* Removing weight p moves the others by -w_p / [A^-1]_pp of A^-1's row p and takes row and column p out of A^-1. Only rows

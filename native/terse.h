@@ -3,7 +3,8 @@
  * Plain C11, no allocation that outlives a call, no global state. The caller owns every buffer. A function returns a
  * count (bytes written, symbols decoded) or a negative TERSE_E... code; it never reads or writes outside the lengths
  * that it was given, whatever the bytes hold. Each function has a NumPy twin in src/tersenet/codecs that makes the same
- * bytes. The decoders alone need nothing but <stdint.h> and <string.h> and build for a device without malloc.
+ * bytes. The decoders alone need nothing but <stdint.h> and <string.h> and build for a device without malloc:
+ * cc -std=c11 -O3 -ffp-contract=off -c abi.c codec.c context.c
  */
 #ifndef TERSE_H
 #define TERSE_H
@@ -11,14 +12,27 @@
 
 #if defined(_WIN32)
 #define TERSE_API __declspec(dllexport)
-#else
+#elif defined(__GNUC__)
 #define TERSE_API __attribute__((visibility("default")))
+#else
+#define TERSE_API
 #endif
 
 #define TERSE_ERANGE -1  /* the output buffer is too small */
 #define TERSE_EDATA -2   /* the stream is damaged: it ends early, is too long, or says what cannot be */
 #define TERSE_EARGUMENT -3
 #define TERSE_ETYPE -4
+#define TERSE_EBUILD -5 /* terse_abi() is 0 */
+
+/* Goes up with every change of what stands here, so that nobody calls a library that another header belongs to. */
+#define TERSE_ABI 1
+
+/* TERSE_ABI; or 0 where this build would code otherwise than all others: where a product is not rounded before anything is
+ * added to it (compile with -ffp-contract=off, on 32-bit x86 with -msse2 -mfpmath=sse), or the highest byte lies first. */
+TERSE_API int32_t terse_abi(void);
+
+/* The bytes of terse_model, terse_array and terse_feedback_steps. */
+TERSE_API void terse_sizes(int64_t *sizes);
 
 /* What this build and this machine can run: bit 0 AVX2, bit 1 AVX-512. */
 TERSE_API int32_t terse_simd(void);
@@ -100,7 +114,7 @@ typedef struct {
 /* Whole streams, with their settings, to integers: `*next` is the first that nobody has taken yet, so that any number of
  * threads may share the work. `room` belongs to one thread and is for four rows of the widest array in 32-bit integers (two
  * if there is one), two with an integer more, and `around`. Returns how many this thread decoded. */
-TERSE_API int64_t terse_context_decode(const uint8_t *in, terse_array *arrays, int64_t count, int64_t *next,
+TERSE_API int64_t terse_context_decode(const uint8_t *in, terse_array *arrays, int64_t count, int32_t *next,
                                        const float *prior, uint8_t *out, void *room, int64_t capacity);
 
 /* feedback.py: levels for `whitened` [lines][values], which is used up, from the Cholesky factor of one side and that of the

@@ -325,14 +325,12 @@ def test_wide_layers_have_diagonal_blocks_of_the_whole(monkeypatch):
 
 
 def test_moments_do_not_depend_on_threads_or_the_users_generator(monkeypatch):
-    import os
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 3))
     x, found = torch.randn(64, 6), []
     state = torch.get_rng_state()
-    for cores in (1, 3):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+    for threads in (1, 3):
+        monkeypatch.setattr("tersenet.cores.usable", lambda threads=threads: threads)
         found.append(known(model, x))
     assert torch.equal(torch.get_rng_state(), state)
     for name in found[0]:

@@ -9,10 +9,10 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "", "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "",
+    "packed": "", "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
     "information": "",
-    "task": "data", "likelihood": "task data", "allocators": "task journal budget",
-    "codecs": "native", "container": "packed codecs",
+    "task": "data cores", "likelihood": "task data", "allocators": "task journal budget",
+    "codecs": "native", "container": "packed codecs cores",
     "norms": "container", "artifact": "container packed codecs norms replacing realise",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
     "calibrate": "task data likelihood tracing",
@@ -23,7 +23,7 @@ MAY = {
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
                     " likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
-              " tracing norms structure contract where statistics checkpoint key journal",
+              " tracing norms structure contract where statistics checkpoint key journal cores",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
     "promise": "artifact budget calibrate draft folding journal likelihood methods packed papers run stages strength"
                " task where",

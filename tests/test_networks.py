@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-import os
 from fnmatch import fnmatch
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import tersenet as tn
+from tersenet import cores
 
 BATCH = 16
 AGAIN = [name for name, zoo in NETWORKS.items() if zoo.again]
@@ -27,7 +27,7 @@ def one_core(monkeypatch):
     """Torch and our own threads on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(cores, "usable", lambda: 1)
     yield
     torch.set_num_threads(threads)
 
@@ -215,7 +215,7 @@ def kept_whole(name, before, after):
 @pytest.mark.parametrize("name", AGAIN)
 def test_two_runs_and_any_number_of_threads_give_the_same_bytes(name, monkeypatch):
     one = compressed(name).artifact.to_bytes()
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(cores, "usable", lambda: 2)
     torch.set_num_threads(2)
     torch.manual_seed(torch.initial_seed() + 1)  # a run does not hang on what was drawn before
     assert tn.compress(source_of(name), budget=tn.Budget(ratio=NETWORKS[name].ratio)).artifact.to_bytes() == one

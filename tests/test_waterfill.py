@@ -43,7 +43,7 @@ def knowledge(task):
 def test_moments_are_the_same_at_any_number_of_threads(task, monkeypatch):
     found = []
     for cores in (1, 2):
-        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("tersenet.cores.usable", lambda cores=cores: cores)
         torch.set_num_threads(cores)
         found.append(moments(task, task.model, task.calibration(100), Likelihood.of(task)))
     for name, one in found[0].items():
@@ -221,7 +221,7 @@ def test_the_same_network_makes_the_same_file_at_any_number_of_threads(task, mon
     found = set()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        monkeypatch.setattr("os.cpu_count", lambda threads=threads: threads)
+        monkeypatch.setattr("tersenet.cores.usable", lambda threads=threads: threads)
         own = replace(task, model=copy.deepcopy(task.model))
         draft = to_size(Knowledge.of(Draft.of_model(own.model), own, 200), 8_000)
         found.add(artifact_of(draft).to_bytes())

@@ -8,7 +8,6 @@ one kind.
 import contextlib
 import copy
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tersenet import cores
 from tersenet.data import (
     Arrays,
     Batch,
@@ -66,13 +66,13 @@ def progress(items: Iterable[Item], label: str, total: int | None = None) -> Ite
 
 def spread(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
     """`function` of each item, in order, on all cores; only a few items are taken ahead, so a stream is never held."""
-    cores = os.cpu_count() or 1
-    with one_thread(), ThreadPoolExecutor(cores) as pool:
+    threads = cores.usable()
+    with one_thread(), ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Found]] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > cores:
+                if len(waiting) > threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

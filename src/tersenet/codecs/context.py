@@ -71,17 +71,6 @@ def _priors() -> NDArray[np.float32]:
 PRIOR = _priors()
 
 
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("rows", "columns", "width")],
-        ("column", ctypes.c_void_p),
-        *[(name, ctypes.c_int64) for name in ("kernel_rows", "kernel_columns")],
-        *[(name, ctypes.c_int32) for name in ("places", "low", "high", "slow", "blend", "memory", "settle")],
-        *[(name, ctypes.c_int32) for name in ("signs", "trellis")],
-        ("prior", ctypes.c_void_p),
-    ]
-
-
 CHOICES = {  # of each setting, the usual one first
     "places": (0, 1),
     "slow": (7, 6, 9, 11),
@@ -162,12 +151,12 @@ class Model(NamedTuple):
         column = np.arange(width + 1, dtype=np.int32) if live is None else np.append(live, width).astype(np.int32)
         return Matrix(rows, width, column, kernel, places if self.places else 1)
 
-    def native(self, matrix: Matrix, low: int, high: int, signs: int) -> _Model:
+    def for_c(self, matrix: Matrix, low: int, high: int, signs: int) -> native.Model:
         """The same for the C core."""
         c = self.chosen()
         settings = (low, high, c.slow, c.blend, c.memory, c.settle, signs, c.trellis)
         sizes = (matrix.rows, matrix.columns, matrix.width, matrix.column.ctypes.data, *matrix.kernel, matrix.places)
-        return _Model(*sizes, *settings, PRIOR.ctypes.data)
+        return native.Model(*sizes, *settings, PRIOR.ctypes.data)
 
 
 def walked(shape: Sequence[int]) -> tuple[int, int, tuple[int, int], int]:
@@ -253,7 +242,7 @@ def encode_array(values: NDArray[np.int32], model: Model, low: int, high: int) -
     mean = np.empty(matrix.columns + 1, np.float32)
     around = np.empty(_cells(matrix.width, matrix.kernel), np.uint8) if signs else None
     given = (listed, listed.size, out, out.size, mean, around)
-    done = native.call("context_encode", values, ctypes.byref(model.native(matrix, low, high, signs)), *given)
+    done = native.call("context_encode", values, ctypes.byref(model.for_c(matrix, low, high, signs)), *given)
     if done is None or done < 0:
         raise RuntimeError(f"context coder failed ({done})")
     return head + out[:done].tobytes()
@@ -333,7 +322,7 @@ class Batch:
             end += (math.prod(shape) * dtype.itemsize + 7) // 8 * 8
             self.room = max(self.room, room)
         self.data, self.rows = b"".join([data for data, *_ in coded]), np.array(rows, np.int64)
-        self.next, self.out = np.zeros(1, np.int64), np.empty(end, np.uint8)
+        self.next, self.out = np.zeros(1, np.int32), np.empty(end, np.uint8)
 
     def run(self) -> None:
         """Decode until all are taken. The C core frees Python meanwhile; its twin decodes when it is asked."""

@@ -42,7 +42,7 @@ class Recursion:
         row, column, edges, profile, prices, kept, weight = (a if a is None else a.ctypes.data for a in arrays)
         widths = (1 if factor is None else factor.shape[1] for factor in (self.rows, self.columns))
         tables = (row, column, edges, profile, prices)
-        settings = _Steps(*whitened.shape, *widths, *tables, len(MEANS), HIGHEST, kept, weight)
+        settings = native.Steps(*whitened.shape, *widths, *tables, len(MEANS), HIGHEST, kept, weight)
         room = np.empty(len(self.column)), np.empty(len(self.column), np.int32)
         done = native.call("feedback", whitened, self.rows, self.columns, ctypes.byref(settings), found, *room)
         if done is None:
@@ -170,13 +170,3 @@ def _cheapest(size: float, bits: Array, weight: float, odd: int, parity: int) ->
             cost = weight * off * off + (bits[1] if number < 2 else bits[2] + (number - 2) * bits[3])
             best = min(best, (cost, tried), key=lambda way: way[0])
     return best
-
-
-class _Steps(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("lines", "values", "line_width", "value_width")],
-        *[(name, ctypes.c_void_p) for name in ("line", "value", "edge", "profile", "bits")],
-        ("contexts", ctypes.c_int32),
-        ("highest", ctypes.c_double),
-        *[(name, ctypes.c_void_p) for name in ("kept", "weight")],
-    ]

@@ -16,7 +16,6 @@ counting the bias as an input of 1 does. A and G of very wide layers come as dia
 """
 
 import math
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from tersenet import cores
 from tersenet.calibrate import Moments, moments
 from tersenet.contract import DATA, PACKED, Kind, check
 from tersenet.draft import Draft, dense_array
@@ -208,7 +208,7 @@ class OBS:
         rows = [
             (layer, k, r) for layer in layers for k, r in np.ndindex(layer.mask.shape[:2]) if layer.mask[k, r].any()
         ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores.usable()) as pool:
             found = list(progress(pool.map(taken, rows), "removing weights", len(rows)))
         kept = largest(np.concatenate([cost for cost, _ in found]), kept_count(self.density, _size(layers)))
         masks = {layer.name: layer.mask.copy().reshape(-1) for layer in layers}
