@@ -31,7 +31,7 @@ MAY = {
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
-    "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "native",
+    "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
     "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs promise"
            " recipe_file",

@@ -34,6 +34,10 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tersenet")
     if name == "papers":
         return import_module("tersenet.papers")
     if name in _LATER:

@@ -53,5 +53,5 @@ def parse_size(text: str) -> int:
     try:
         assert match is not None
         return int(float(match[1]) * units[match[2].lower()])
-    except (AssertionError, KeyError, ValueError):
+    except (AssertionError, KeyError, ValueError, OverflowError):
         raise ValueError(f"{text!r} is not a size: write 40000, 40kB or 1.5MB") from None

@@ -60,13 +60,8 @@ def compress(
     """
     begun = time.monotonic()
     task = replace(source, model=duplicate(source.model)) if isinstance(source, Task) else None
-    draft = Draft.of_model(task.model) if task else Draft.of_arrays(source)  # type: ignore[arg-type]
-    original, weights, given = dict(draft.tensors), draft.count(), recipe
-    recipe = output_aware() if recipe is None else recipe
-    recipe = (Pack(None, tuple(rules)), *recipe) if rules else recipe
-    draft = kept(draft, keep)
-    if budget is None and given is None:
-        budget = Budget(drop=0.5) if task and task.train is not None else Budget(ratio=8)
+    draft, recipe, budget = prepared(source if task is None else task, recipe, budget, keep=keep, rules=rules)
+    original, weights = draft.tensors, draft.count()
     most, extra = None if budget is None else budget.bytes_for(weights), _notes_bytes(notes, task)
     inner = budget if most is None else Budget(size=max(1, most - extra))  # the notes' bytes are the file's too
     budgeted = None if inner is None else with_budget(recipe, inner, coding)
@@ -109,6 +104,22 @@ def compress(
     # A drop that a stage kept was kept on the data for choosing; what the test split says is reported beside it.
     _keep_promise(result, None if on_choice else budget, task, original)
     return result
+
+
+def prepared(
+    source: Task | Mapping[str, Array],
+    recipe: Recipe | None,
+    budget: Budget | None,
+    *,
+    keep: Iterable[Where | str] = (),
+    rules: Sequence[tuple[Where | str, Method]] = (),
+) -> tuple[Draft, Recipe, Budget | None]:
+    """What a run begins with: the draft with what is kept, the recipe with the rules before it, the budget."""
+    draft = Draft.of_model(source.model) if isinstance(source, Task) else Draft.of_arrays(source)
+    if budget is None and recipe is None:
+        budget = Budget(drop=0.5) if isinstance(source, Task) and source.train is not None else Budget(ratio=8)
+    recipe = output_aware() if recipe is None else recipe
+    return kept(draft, keep), (Pack(None, tuple(rules)), *recipe) if rules else recipe, budget
 
 
 def _notes_bytes(notes: Mapping[str, Any] | None, task: Task | None) -> int:
@@ -172,12 +183,14 @@ def _log(row: Row) -> None:
         Console(stderr=True).print(text, style="dim", highlight=False)
 
 
-def verify(path: str | Path, against: Mapping[str, Array] | None = None, task: Task | None = None) -> dict[str, Any]:
+def verify(
+    source: str | Path | bytes, against: Mapping[str, Array] | None = None, task: Task | None = None
+) -> dict[str, Any]:
     """Open a file afresh, check every byte and claim, and measure it: {"bytes", "tensors", "errors", "metric"}.
 
     Raises `FormatError` for a damaged file, `PromiseBroken` where an error or the metric is worse than the file says.
     """
-    artifact = load(path)
+    artifact = load(source)
     found: dict[str, Any] = {"bytes": artifact.nbytes, "tensors": len(artifact.tensors)}
     if against is not None:
         known = Draft.of_arrays(against).tensors

@@ -91,7 +91,7 @@ def find_recipe(name: str, seed: int | None = None) -> Recipe:
     if name.endswith((".yaml", ".yml")):
         try:
             read = yaml.safe_load(Path(name).read_text())
-        except yaml.YAMLError as wrong:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as wrong:
             raise ValueError(f"{name}: not YAML: {' '.join(str(wrong).split())}") from None
         return parse_recipe(read, name, seed)
     return parse_recipe({"paper": name}, "--recipe", seed)

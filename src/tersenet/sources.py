@@ -9,7 +9,6 @@ import re
 import textwrap
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +57,8 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: give a file that ends in {', '.join(READERS)} or .index.json, or a folder with one")
     if not found.tensors:
         raise ValueError(f"{path}: holds no tensors")
+    if wrong := [name for name in found.tensors if any("\ud800" <= c <= "\udfff" for c in name)]:
+        raise ValueError(f"{path}: the name {wrong[0]!r} is no text; rename the tensor")
     return found
 
 
@@ -107,19 +108,27 @@ def _npz(path: Path) -> Checkpoint:
     found = Checkpoint({})
     name = ""
     try:
-        with np.load(path, allow_pickle=False) as opened:
-            for name in opened.files:
-                value = opened[name]
-                if isinstance(value, np.ndarray):
-                    found.tensors[name] = as_stored(name, value)[0]
-                else:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if member.filename == name:
                     found.words.append(f"left out {name}, which is no array")
-    except (zipfile.BadZipFile, zlib.error, EOFError, TypeError, NotImplementedError, RuntimeError) as wrong:
-        raise ValueError(f"{path}: not a whole .npz file: {wrong}") from None
+                elif "\0" in member.orig_filename or name in found.tensors:
+                    raise ValueError(f"{name}: a name with a zero byte, or two arrays of one name")
+                else:
+                    with archive.open(member) as file:
+                        array = np.lib.format.read_array(file, allow_pickle=False)
+                        if file.read(1):  # which also has the archive check the array's CRC
+                            raise ValueError(f"{name}: bytes follow the array")
+                    found.tensors[name] = as_stored(name, array)[0]
     except ValueError as wrong:
         if "Object arrays" in str(wrong):
             wrong = ValueError(f"{name}: an array of objects is never opened; convert it to numbers, or leave it out")
         raise ValueError(f"{path}: {wrong}" if name else f"{path}: not an .npz file of plain arrays: {wrong}") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as wrong:  # a damaged archive raises almost anything
+        raise ValueError(f"{path}: not an .npz file, or not a whole one: {wrong}") from None
     return found
 
 

@@ -84,6 +84,12 @@ def chosen(draft: Draft, rules: Sequence[tuple[Where | str, What]]) -> dict[str,
     return _chosen(draft, rules, draft.weights())
 
 
+def kinds(draft: Draft) -> dict[str, str]:
+    """The kind of layer that each tensor is of, as rules know it."""
+    layers = _layers(draft)
+    return {name: _kind(layers, name, tensor.tree.shape) for name, tensor in draft.tensors.items()}
+
+
 def kept(draft: Draft, patterns: Iterable[Where | str]) -> Draft:
     """The draft with what the patterns match kept bit for bit by every stage, vectors such as biases too.
 
@@ -102,17 +108,17 @@ def _chosen(
     alike: dict[int, list[str]] = {}
     for name, tensor in draft.tensors.items():
         alike.setdefault(id(tensor), []).append(name)
-    layers = {} if draft.model is None else dict(draft.model.named_modules(remove_duplicate=False))
+    layers = _layers(draft)
     wheres = [_where(rule, draft.tensors) for rule, _ in rules]
     found, used = dict[str, tuple[str, What]](), set[int]()
     for name in names:
         shape, tied = draft.tensors[name].tree.shape, alike[id(draft.tensors[name])]
-        kinds = {_kind(layers, one, shape) for one in tied}
+        told = {_kind(layers, one, shape) for one in tied}
         for k in sorted(range(len(rules)), key=lambda k: wheres[k].name not in tied):  # exact names first
             where = wheres[k]
             pattern = where.name not in draft.tensors  # what is a name is no pattern
             named = any(fnmatchcase(one, where.name) for one in tied) if pattern else where.name in tied
-            fits = any(fnmatchcase(kind, where.kind) for kind in kinds) and np.prod(shape) >= where.least
+            fits = any(fnmatchcase(kind, where.kind) for kind in told) and np.prod(shape) >= where.least
             if named and fits:
                 found[name] = str(where), rules[k][1]
                 used.add(k)
@@ -128,6 +134,10 @@ def _where(rule: Where | str, names: Container[str]) -> Where:
     if isinstance(rule, Where):
         return rule
     return Where(rule) if rule in names else Where.of(rule)
+
+
+def _layers(draft: Draft) -> dict[str, nn.Module]:
+    return {} if draft.model is None else dict(draft.model.named_modules(remove_duplicate=False))
 
 
 def _kind(layers: dict[str, nn.Module], name: str, shape: Sequence[int]) -> str:
