@@ -106,6 +106,28 @@ def test_types_shapes_and_metadata_go_through_every_command(home):
     )
 
 
+NORMS = """
+import torch, tersenet as tn
+from torch import nn
+def task():
+    torch.manual_seed(0)
+    x = torch.randn(300, 1, 6, 6); y = (x.mean((1, 2, 3)) > 0).long()
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
+    return tn.Task(net, (x[:200], y[:200]), (x[200:], y[200:]), schedule=tn.Schedule(epochs=2, lr=0.05, batch=32))
+"""
+
+
+def test_all_that_training_changes_is_told_so_that_the_file_is_no_worse_than_it_says(home):
+    (home / "norms.py").write_text(NORMS)
+    exec(NORMS, space := {})
+    torch.save(space["task"]().model.state_dict(), home / "m.pt")
+    recipe = ("--recipe", "deep-compression", "-o", home / "m.terse")
+    terse("compress", home / "m.pt", "--task", home / "norms.py", *recipe)  # which checks it before there is a file
+    found = load(home / "m.terse")
+    assert found.unpack()["1.num_batches_tracked"] > 0 and found.tensors["1.num_batches_tracked"].error > 0
+    assert "no worse than the file says" in terse("verify", home / "m.terse", "--against", home / "m.pt")
+
+
 def test_metadata_counts_towards_the_size_and_is_left_out_where_it_is_too_long(home):
     state = {"w": torch.randn(60, 60, generator=torch.Generator().manual_seed(0))}
     save_file(state, home / "m.safetensors", {"format": "pt", "note": "x" * 100})

@@ -124,7 +124,7 @@ def artifact_of(draft: Draft, coding: Coding | None = None, original: Mapping[st
     done: dict[int, Tensor] = {}
     for name, tensor in draft.tensors.items():
         error = None
-        if original is not None and id(tensor) not in done and tensor.dtype in FLOATS:
+        if original is not None and id(tensor) not in done and "float8" not in tensor.dtype:
             error = relative_error(tensor.unpack(), original[name].unpack())
             error = None if not error and not isinstance(tensor.tree, Packed) else error
         done.setdefault(id(tensor), replace(tensor, error=error))

@@ -15,6 +15,7 @@ import numpy as np
 from tersenet.artifact import Artifact, Coding, FormatError, Tensor, errors_against, load
 from tersenet.budget import Budget, PromiseBroken, UnmetBudget
 from tersenet.calibrate import moments
+from tersenet.contract import check
 from tersenet.draft import Draft, artifact_of, dense_array
 from tersenet.folding import refolded
 from tersenet.journal import Journal, Row
@@ -65,8 +66,11 @@ def compress(
     most, extra = None if budget is None else budget.bytes_for(weights), _notes_bytes(notes, task)
     inner = budget if most is None else Budget(size=max(1, most - extra))  # the notes' bytes are the file's too
     budgeted = None if inner is None else with_budget(recipe, inner, coding)
+    check(recipe, draft, task)
     if budgeted is None and most is not None:
         setting(recipe)  # one that decides no size says so before any work
+    if budgeted is None and budget is not None and budget.drop is not None and (task is None or task.test is None):
+        raise ValueError("a drop needs a task with test data to measure it on: give Task(test=...)")
     before = task.score(task.test) if task and task.test is not None else None
     place = Path(folder) if folder else cache_folder()
 
@@ -114,11 +118,16 @@ def prepared(
     keep: Iterable[Where | str] = (),
     rules: Sequence[tuple[Where | str, Method]] = (),
 ) -> tuple[Draft, Recipe, Budget | None]:
-    """What a run begins with: the draft with what is kept, the recipe with the rules before it, the budget."""
+    """What a run begins with: the draft with what is kept, the recipe with the rules before it, the budget.
+
+    Raises ValueError where the recipe has a stage that cannot do without a budget.
+    """
     draft = Draft.of_model(source.model) if isinstance(source, Task) else Draft.of_arrays(source)
     if budget is None and recipe is None:
         budget = Budget(drop=0.5) if isinstance(source, Task) and source.train is not None else Budget(ratio=8)
     recipe = output_aware() if recipe is None else recipe
+    if budget is None and with_budget(recipe, Budget(ratio=8), None) is not None:
+        raise ValueError("a stage of this recipe waits for a budget: give a size, a ratio or a drop")
     return kept(draft, keep), (Pack(None, tuple(rules)), *recipe) if rules else recipe, budget
 
 
@@ -166,8 +175,7 @@ def _keep_promise(result: Result, budget: Budget | None, task: Task | None, orig
             f"the file has {artifact.nbytes:,} bytes, the budget allows {most:,}: lower the recipe's density or bits"
         )
     if budget.drop is not None:
-        if result.after is None or result.before is None or task is None:
-            raise ValueError("a drop needs a task with test data to measure it on: give Task(test=...)")
+        assert result.after is not None and result.before is not None and task is not None
         if -100 * task.metric.gain(result.after, result.before) > budget.drop:
             raise PromiseBroken(
                 f"the metric went from {result.before:.4f} to {result.after:.4f}, the budget allows {budget.drop}"
