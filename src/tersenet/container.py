@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tersenet import codecs
+from tersenet import codecs, cores
 from tersenet.codecs.context import Batch
 from tersenet.codecs.stream import FormatError, Reader, put_number, unzigzag, zigzag
 from tersenet.packed import DEEPEST, NODES, Array, Packed, Tree, arrays, check_tree, parts_of, unpack
@@ -460,7 +460,7 @@ def sections_of(header: Header, data: Source) -> dict[str, Section]:
     return found
 
 
-THREADS = 1 if sys.platform == "emscripten" else min(4, os.cpu_count() or 1)  # a browser's Python has none to start
+THREADS = 1 if sys.platform == "emscripten" else min(4, cores.usable())  # a browser's Python has none to start
 WORTH_A_THREAD = 1 << 14  # integers beside the largest array
 Job = tuple[str, Promise, bytes]  # a tensor's name, an array of it, and the array's stream
 
@@ -615,9 +615,13 @@ def write(
     if max(len(coded), len(plain)) > HEADER_CAP:
         raise ValueError(f"the header would be over {HEADER_CAP:,} bytes")
     head = MAGIC + bytes([VERSION]) + struct.pack("<I", len(coded))
-    body = head + struct.pack("<I", zlib.crc32(head + coded)) + coded + bytes(streams.data)
-    body += struct.pack("<Q", len(body) + FOOTER)
-    return body + struct.pack("<I", zlib.crc32(body))
+    own = struct.pack("<I", zlib.crc32(head + coded))
+    parts: list[bytes | bytearray] = [head, own, coded, streams.data]  # joined once: files are large
+    parts.append(struct.pack("<Q", sum(map(len, parts)) + FOOTER))
+    check = 0
+    for part in parts:
+        check = zlib.crc32(part, check)
+    return b"".join([*parts, struct.pack("<I", check)])
 
 
 class _Streams:
