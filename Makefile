@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 NATIVE := src/tersenet/_terse.so
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check wheel bench clean
 
 demo: .venv/demo $(NATIVE)
 	$(BIN)/python examples/digits.py
@@ -16,6 +16,12 @@ check: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# dist/ gets an sdist and, made from that, a wheel for this platform; ls fails where no compiler made the C core of it.
+wheel: .venv/release
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	@ls dist/*.tar.gz dist/*-py3-none-[!a]*.whl
 
 # A table of bench/, run by hand: make bench NAME=codecs
 bench: .venv/bench $(NATIVE)
@@ -36,4 +42,4 @@ $(NATIVE): native/*.c native/*.h CMakeLists.txt .venv/pip
 	@rm -f build.log && touch $@
 
 clean:
-	rm -rf .venv build $(NATIVE)
+	rm -rf .venv build dist $(NATIVE)
