@@ -25,7 +25,7 @@ MAY = {
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
-    "promise": "artifact budget calibrate draft folding journal likelihood methods packed papers run stages strength"
+    "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages strength"
                " task where",
     "recipe_file": "papers stages methods allocators run where",
     "origins": "", "key": "origins", "checkpoint": "journal key",

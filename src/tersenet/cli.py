@@ -273,7 +273,7 @@ EXPECTED = (FormatError, ValueError, OSError, KeyError, MemoryError)
 def _line(wrong: Exception) -> str:
     """What went wrong, in one line."""
     if hasattr(wrong, "format_message"):
-        return str(wrong.format_message())
+        return printable(wrong.format_message())
     text = str(wrong.args[0] if isinstance(wrong, KeyError) and wrong.args else wrong)
     if isinstance(wrong, ImportError) and wrong.name in ("torch", "pydantic", "yaml", "safetensors"):
         text = f"this needs {wrong.name}: pip install 'tersenet[torch]'"
@@ -288,7 +288,8 @@ def _line(wrong: Exception) -> str:
 
 
 def _stop(text: str, code: int) -> None:
-    print(f"terse: {text}", file=sys.stderr)
+    if text:  # click has shown the help already where there are no words at all
+        print(f"terse: {text}", file=sys.stderr)
     sys.exit(code)
 
 
