@@ -25,16 +25,16 @@ MAY = {
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
-    "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages strength"
-               " task where",
+    "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages"
+               " strength task where",
     "recipe_file": "papers stages methods allocators run where",
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
-    "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs promise"
-           " recipe_file",
+    "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs"
+           " promise recipe_file",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",
