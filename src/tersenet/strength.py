@@ -14,7 +14,7 @@ from tersenet.budget import Budget, UnmetBudget
 from tersenet.run import Recipe, Stage
 
 SETTINGS = ("density", "macs", "bits")  # the first that a recipe has is its own
-UNTRAINED = {"epochs": 0, "final": 0, "episodes": 0, "retrain": "none"}  # what makes a run a quick one
+UNTRAINED = {"epochs": 0, "final": 0, "episodes": 1, "retrain": "none"}  # what makes a run a quick one
 RUNS, USED = 4, 0.97  # of the whole recipe at most, and the part of the budget from which on a file is good enough
 Found = TypeVar("Found")
 
@@ -43,8 +43,8 @@ def stronger(recipe: Recipe, e: float, name: str | None = None) -> Recipe:
     """The recipe with its own setting at the power e: 1 is the recipe itself, more is smaller.
 
     >>> from tersenet.stages.prune import Prune
-    >>> stronger((Prune(0.1),), 2.0)[0].density
-    0.01
+    >>> stronger((Prune(0.5),), 2.0)[0].density
+    0.25
     """
     name = name or setting(recipe)
     return tuple(
@@ -68,11 +68,30 @@ def meeting(
     name, aim, start = setting(recipe), float(most), 1.0
     best: tuple[int, Found] | None = None
     least = None
+    sizes: dict[float, int] = {}
+
+    def quick(e: float) -> int:
+        """The bytes without training; 1 where this network cannot be made so small, as the recipe itself can."""
+        if e not in sizes:
+            try:
+                sizes[e] = size_of(untrained(stronger(recipe, e, name)))
+            except ValueError:
+                if not sizes:
+                    raise
+                sizes[e] = 1
+        return sizes[e]
+
     for _ in range(RUNS):
         try:
-            start = step_within(lambda e: size_of(untrained(stronger(recipe, e, name))), max(1, int(aim)), start)
+            at = step_within(quick, max(1, int(aim)), start)
         except UnmetBudget as wrong:
             raise UnmetBudget(most, wrong.least, f" of the recipe's {name}") from None
+        if quick(at) == 1:
+            least = least or min(size for size in sizes.values() if size > 1)
+            break
+        if best is not None and quick(at) == quick(start):  # no setting makes more of the budget
+            break
+        start = at
         size, found = run(stronger(recipe, start, name))
         least = size if least is None else min(least, size)
         if size <= most and (best is None or size > best[0]):
