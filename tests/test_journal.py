@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import tersenet as tn
 from tersenet import checkpoint
+from tersenet.artifact import Artifact
 from tersenet.draft import Draft, artifact_of
 from tersenet.journal import Journal, read
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.uniform import Uniform
-from tersenet.run import run
+from tersenet.run import cache_folder, run
 from tersenet.stages.finetune import Finetune, TrainLevels
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
@@ -313,6 +314,7 @@ import sys
 from pathlib import Path
 import tersenet as tn
 from tersenet import checkpoint
+from tersenet.artifact import Artifact
 import test_journal
 checkpoint.SECONDS = 0.1
 recipe = tn.papers.deep_compression(0.3, 3, rounds=2, epochs=2)
@@ -328,12 +330,52 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path):
     whole = tn.compress(task, recipe, folder=tmp_path / "whole").artifact.to_bytes()
     folder, file = tmp_path / "killed", tmp_path / "file"
     command = [sys.executable, "-c", CHILD, str(folder), str(file)]
-    for lines in (4, 7, 10, 1000):  # of the journal, after which it is killed
+
+    def rows_written():
+        return sum(p.read_bytes().count(b"\n") for p in folder.glob("*/*.jsonl"))
+
+    for more in (4, 3, 3, 1000):  # rows of its own, after which it is killed
+        begun = rows_written()
         child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": here})
-        while child.poll() is None and sum(p.read_bytes().count(b"\n") for p in folder.glob("*/*.jsonl")) < lines:
+        while child.poll() is None and rows_written() < begun + more:
             time.sleep(0.005)
         child.kill()
         child.wait()
     assert file.read_bytes() == whole
     rows = read(next(folder.glob("*/run.jsonl")))
     assert sum("run" in row for row in rows) == 4 and sum("end" in row for row in rows) == 1
+
+
+def test_a_folder_that_takes_nothing_costs_nothing_but_what_would_be_kept(tmp_path, capsys, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"no folder")
+    state = {"w": np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)}
+    for budget in (tn.Budget(size=2000), None):
+        results = [tn.compress(state, budget=budget, folder=place) for place in (tmp_path / "kept", blocked / "cache")]
+        assert results[0].artifact.to_bytes() == results[1].artifact.to_bytes()
+        assert results[0].journal.exists() and results[1].journal is None
+    assert capsys.readouterr().err.count("nothing is kept between runs: ") == 2
+    # It may also fill up in the middle of a run.
+    save = Artifact.save
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(Artifact, "save", lambda self, path: (_ for _ in ()).throw(full))
+    last = tn.compress(state, (Pack(KMeans(3)), Narrow()), folder=tmp_path / "full")
+    monkeypatch.setattr(Artifact, "save", save)
+    same = tn.compress(state, (Pack(KMeans(3)), Narrow()), folder=tmp_path / "again")
+    assert last.artifact.to_bytes() == same.artifact.to_bytes() and last.journal is None
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_the_cache_lies_where_the_user_has_a_home_and_never_where_the_process_stands(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for given in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert cache_folder() == Path("/home/someone/.cache/tersenet")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_folder() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert cache_folder() == Path("/elsewhere/tersenet")

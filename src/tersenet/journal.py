@@ -37,15 +37,12 @@ class Journal:
         self.rows.append(row)
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"time": round(time.time(), 2), **row}, default=_plain).encode() + b"\n"
-        file = os.open(self.folder / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        try:  # a line is one write at the end, so that two processes may share the file
-            size = os.fstat(file).st_size
-            torn = size and os.pread(file, 1, size - 1) != b"\n"  # by a process that was killed
-            os.write(file, b"\n" + line if torn else line)
-        finally:
-            os.close(file)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _add(self.folder / NAME, line)
+        except OSError as wrong:
+            self.give_up(str(wrong))
 
     def find(self, **fields: Any) -> list[Row]:
         """The rows, of this try and earlier ones, that have these values."""
@@ -55,8 +52,11 @@ class Journal:
     def keep(self, name: str, data: bytes) -> None:
         """Keep bytes under a name until the stage is done."""
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / f"{name}.kept", hashlib.sha256(data).digest() + data)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.folder / f"{name}.kept", hashlib.sha256(data).digest() + data)
+            except OSError as wrong:
+                self.give_up(str(wrong))
 
     def kept(self, name: str) -> bytes | None:
         """What was kept under a name; None where nothing was, or where it is damaged."""
@@ -66,10 +66,27 @@ class Journal:
         whole = path.read_bytes()
         return whole[32:] if hashlib.sha256(whole[32:]).digest() == whole[:32] else None
 
+    def give_up(self, reason: str) -> None:
+        """Keep nothing from now on, and say so: a folder that cannot be written to must not end a run."""
+        self.folder = None
+        self.rows.append({"unkept": reason})
+        print(f"tersenet: nothing is kept between runs: {reason}", file=sys.stderr)
+
     def clear(self) -> None:
         """Remove what was kept."""
         for path in [] if self.folder is None else self.folder.glob("*.kept"):
             path.unlink(missing_ok=True)
+
+
+def _add(path: Path, line: bytes) -> None:
+    """Add a line to a file by one write at its end, so that two processes may share it."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(file).st_size
+        torn = size and os.pread(file, 1, size - 1) != b"\n"  # by a process that was killed
+        os.write(file, b"\n" + line if torn else line)
+    finally:
+        os.close(file)
 
 
 def read(path: Path) -> list[Row]:

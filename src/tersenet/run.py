@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +15,7 @@ from tersenet.artifact import Artifact, Coding, FormatError, load
 from tersenet.contract import check
 from tersenet.data import is_pair
 from tersenet.draft import Draft, artifact_of, dense_array
-from tersenet.journal import Journal, Row, memory
+from tersenet.journal import Row, memory
 from tersenet.key import Uncacheable, key_of
 from tersenet.origins import versions
 from tersenet.task import Task, duplicate
@@ -92,8 +91,8 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
 
     A run that was stopped goes on after the last result that was kept, and in the middle of a training. A stage with
     `parts`, such as the rounds of pruning, is kept part by part. What the run does is written into the draft's journal,
-    which lies in a folder of its own in `folder`. Where something cannot be looked into, or changes as it is used,
-    nothing is kept, which is said on stderr.
+    which lies in a folder of its own in `folder`. Where something cannot be looked into, or changes as it is used, or
+    the folder cannot be written to, nothing is kept, which is said on stderr.
     """
     check(recipe, draft, task)
     begun, journal = time.monotonic(), draft.journal
@@ -103,9 +102,9 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
         if folder is not None:
             marks, moving = _marks(draft, task, stages), key_of(_moving(task))
             journal.open(folder / marks[-1])
-    except Uncacheable as reason:
+    except (Uncacheable, OSError) as reason:
         folder = None
-        _unkept(journal, str(reason))
+        journal.give_up(str(reason))
     journal.write(run=[str(stage) for stage in recipe], key=marks[-1], **versions())
     for stage, mark in zip(stages, marks[1:], strict=True):
         kept = None if folder is None else folder / f"{mark}.terse"
@@ -122,9 +121,13 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
             row |= {"seconds": round(time.monotonic() - since, 1), "memory": memory()}
             if folder is not None and key_of(_moving(task)) != moving:
                 folder = kept = None
-                _unkept(journal, "the task's data or functions change as they are used")
-            if kept is not None:
-                Artifact(whole.tensors, Coding(("bits",)), {**whole.meta, **row}).save(kept)
+                journal.give_up("the task's data or functions change as they are used")
+            if kept is not None and journal.folder is not None:
+                try:
+                    Artifact(whole.tensors, Coding(("bits",)), {**whole.meta, **row}).save(kept)
+                except OSError as reason:
+                    folder = None
+                    journal.give_up(str(reason))
             journal.clear()
         journal.write(**row)
         log(row)
@@ -152,13 +155,6 @@ def _moving(task: Task | None) -> Task | None:
     return task and replace(task, **still)
 
 
-def _unkept(journal: Journal, reason: str) -> None:
-    """Say that nothing is kept."""
-    journal.open(None)
-    journal.write(unkept=reason)
-    print(f"tersenet: nothing is kept between runs: {reason}", file=sys.stderr)
-
-
 def _parts(stage: Stage) -> Sequence[Stage]:
     return stage.parts() if hasattr(stage, "parts") else (stage,)
 
@@ -175,13 +171,17 @@ def _measured(draft: Draft, task: Task | None) -> Row:
 
 
 def _kept(path: Path | None) -> Artifact | None:
-    """An earlier run's result; a file that is damaged or of another version is as good as none."""
+    """An earlier run's result; a file that is damaged, of another version or closed to us is as good as none."""
     try:
         return load(path, limit=1 << 40) if path is not None and path.exists() else None
-    except FormatError:
+    except (FormatError, OSError):
         return None
 
 
-def cache_folder() -> Path:
-    """Where stage results are kept unless a caller says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tersenet"
+def cache_folder() -> Path | None:
+    """Where stage results are kept unless a caller says otherwise; None where the user has no home."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "tersenet"
+    except RuntimeError:
+        return None
