@@ -17,6 +17,7 @@ from tersenet.folding import folded
 from tersenet.methods import Chain
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.sparse import Magnitude
+from tersenet.methods.surgeon import SparseGPT
 from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Transformed, unpack
@@ -359,6 +360,8 @@ def test_recipes_are_refused_before_any_work(task, kinds):
             OBS(0.5),
         ),
         "TrainLevels finds no levels: quantize first": (Finetune(1), TrainLevels(1)),
+        "the result of Prune: Pack cannot take Sparse nodes; SparseGPT": (Prune(0.5, 1), Pack(SparseGPT())),
+        "the result of Channels: Layerwise cannot take Sliced nodes; SparseGPT": (Channels(), Layerwise(SparseGPT())),
     }
     for message, stages in refused.items():
         with pytest.raises(ValueError, match=message):

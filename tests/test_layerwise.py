@@ -11,6 +11,7 @@ from tersenet.draft import Draft, artifact_of, dense_array
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.sparse import Magnitude
 from tersenet.methods.surgeon import SparseGPT
+from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Packed, Sparse, unpack
 from tersenet.stages.layerwise import Layerwise, fitted, in_order
 from tersenet.stages.pack import Pack
@@ -119,6 +120,15 @@ def test_tuning_moves_what_is_still_dense_and_nothing_else(task):
         assert not np.array_equal(dense_array(tuned.tensors[name]), dense_array(plain.tensors[name])), name
     assert not isinstance(tuned.tensors["last.weight"].tree, Packed)
     assert artifact_of(tuned).meta["rules"] == {"first.weight": "first*"}
+
+
+def test_where_all_is_packed_there_is_nothing_to_tune():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    task = tn.Task(model, (torch.randn(64, 12), torch.randint(4, (64,))))
+    shared = Pack(KMeans(3))(Draft.of_model(model), None)
+    tuned, plain = (Layerwise(Uniform(4), tune=tune, samples=64)(shared, task) for tune in (1, 0))
+    assert artifact_of(tuned).to_bytes() == artifact_of(plain).to_bytes()
 
 
 def test_it_asks_for_data(task):

@@ -21,7 +21,7 @@ from tersenet.methods import Method
 from tersenet.methods.surgeon import damped
 from tersenet.packed import Packed
 from tersenet.stages.finetune import tune
-from tersenet.stages.pack import made_by, methods_of, repacked
+from tersenet.stages.pack import made_by, methods_of, refused_by, repacked
 from tersenet.task import Task, one_thread, progress
 from tersenet.tracing.operations import Watch
 from tersenet.where import Where
@@ -50,6 +50,10 @@ class Layerwise:
     def makes(self) -> tuple[Kind, ...]:
         return made_by((self.method, *(method for _, method in self.rules)))
 
+    @property
+    def refuses(self) -> Mapping[Kind, str]:
+        return refused_by(self.method, self.rules)
+
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
         assert task is not None
@@ -67,6 +71,8 @@ class Layerwise:
         """The draft with all that is not packed tuned."""
         schedule = replace(task.schedule, epochs=self.tune, lr=task.schedule.lr / 100, drops=(0.5,), weight_decay=0.0)
         dense = {n for n in draft.trainable if not isinstance(draft.tensors[n].tree, Packed)}
+        if not dense:
+            return draft
         free = replace(draft, trainable=frozenset(dense))
         tuned = tune(free, task, schedule, range(self.tune), self.seed, f"tuning after {name}")
         return replace(tuned, trainable=draft.trainable)

@@ -1,16 +1,16 @@
 """Pack weights with a method, or round the floats that are left; say in the ledger what stayed dense and why."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tersenet.artifact import Tensor
-from tersenet.contract import Kind
+from tersenet.contract import PACKED, Kind, check
 from tersenet.draft import Draft, precise, round_leaves
 from tersenet.methods import Method
 from tersenet.methods.kmeans import KMeans
-from tersenet.packed import Packed, Tree, check_tree, check_tree_values, float_leaves, unpack
+from tersenet.packed import Packed, Reshaped, Sliced, Sparse, Tree, check_tree, check_tree_values, float_leaves, unpack
 from tersenet.statistics import packed, statistics
 from tersenet.structure import is_plain, refilled
 from tersenet.task import Task
@@ -38,7 +38,12 @@ class Pack:
     def makes(self) -> tuple[Kind, ...]:
         return made_by((self.method, *(method for _, method in self.rules)))
 
+    @property
+    def refuses(self) -> Mapping[Kind, str]:
+        return refused_by(self.method, self.rules)
+
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        check([self], draft, task)
         return repacked(draft, task, methods_of(draft, self.method, self.rules), self.samples, self.seed)
 
 
@@ -48,6 +53,13 @@ Choices = Mapping[str, tuple[str, Method | None]]  # of each weight: the text of
 def made_by(methods: Iterable[Method | None]) -> tuple[Kind, ...]:
     """The kinds of nodes that methods make, as far as they say so."""
     return tuple(dict.fromkeys(kind for method in methods for kind in getattr(method, "makes", ())))
+
+
+def refused_by(method: Method | None, rules: Sequence[object]) -> Mapping[Kind, str]:
+    """What a method cannot take that reads inputs or outputs; with rules it may not have to."""
+    reads = method is not None and not rules and {"inputs", "outputs"} & set(method.needs)
+    remedy = f"{method} reads what dense layers see: pack with it before other stages"
+    return dict.fromkeys((Sparse, Sliced, Reshaped, *PACKED), remedy) if reads else {}
 
 
 def methods_of(draft: Draft, method: Method | None, rules: tuple[tuple[Where | str, Method | None], ...]) -> Choices:
