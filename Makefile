@@ -10,7 +10,7 @@ demo: .venv/demo $(NATIVE)
 	$(BIN)/python examples/digits.py
 
 test: .venv/test $(NATIVE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 check: .venv/test
 	$(BIN)/ruff check .

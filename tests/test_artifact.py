@@ -41,7 +41,7 @@ def test_a_file_gives_back_the_same_tensors_and_the_same_bytes(name):
     first = load(FILES[name])
     assert rebuilt(*parts(FILES[name])) == FILES[name] or FILES[name][PREAMBLE] == 1
     codec = (name.removeprefix("codec-"),) if name.startswith("codec-") else Coding().codecs
-    again = Artifact(first.tensors, Coding(codec), first.meta)
+    again = Artifact(first.tensors, Coding(codec), first.meta, first.sections)
     assert again.to_bytes() == FILES[name]
     assert same(first.unpack(), load(again.to_bytes()).unpack())
 
