@@ -9,8 +9,11 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.artifact import Artifact, Tensor, load
+from tersenet.budget import PromiseBroken
 from tersenet.draft import Draft, precise
 from tersenet.promise import verify
+from tersenet.stages.prune import Prune
+from tersenet.stages.waterfill import Waterfill
 from tersenet.waterfilling.lossless import lossless
 
 
@@ -112,6 +115,14 @@ def test_a_drop_of_nothing_is_met_and_says_what_it_was_kept_on():
     assert next(r["likelihood"] for r in result.rows if "likelihood" in r) == "classes along axis 1, told by the loss"
 
 
+def test_a_drop_that_an_earlier_stage_has_spent_is_a_broken_promise():
+    torch.manual_seed(1)
+    x = torch.randn(400, 10)
+    task = tn.Task(nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 3)), (x, x[:, :3].argmax(1))).trained()
+    with pytest.raises(PromiseBroken, match="on the data for choosing, the budget allows 1 points"):
+        tn.compress(task, (Prune(0.02, 1, retrain="none"), Waterfill()), tn.Budget(drop=1))
+
+
 @pytest.mark.parametrize("huge", [1e3, 1e6, 1e30])
 def test_one_huge_weight_spoils_neither_its_layer_nor_the_others(huge):
     rng = np.random.default_rng(4)
@@ -145,7 +156,7 @@ def test_small_sizes_are_kept_to_the_byte(size):
 def test_what_cannot_be_met_for_buffers_says_so():
     net = nn.Sequential(nn.Linear(16, 64), nn.utils.parametrizations.orthogonal(nn.Linear(64, 64)), nn.Linear(64, 4))
     task = tn.Task(net, (torch.randn(60, 16), torch.randint(0, 4, (60,))))
-    with pytest.raises(ValueError, match="16,384 bytes of it are buffers, which are kept bit for bit"):
+    with pytest.raises(ValueError, match="16,384 bytes of it are buffers and what"):
         tn.compress(task, budget=tn.Budget(ratio=8))
 
 

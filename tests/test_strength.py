@@ -9,7 +9,7 @@ from tersenet.budget import UnmetBudget
 from tersenet.stages.channels import Channels
 from tersenet.stages.pack import Narrow
 from tersenet.stages.prune import Prune
-from tersenet.strength import meeting
+from tersenet.strength import meeting, setting, stronger
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,13 @@ def test_settings_that_a_network_cannot_have_bound_the_search():
         search((Channels(0.5),), 1000, size_of)
     with pytest.raises(ValueError, match=r"^cannot be met"):  # the recipe itself
         search((Channels(0.1),), 1000, size_of)
+
+
+def test_what_a_stage_with_a_budget_of_its_own_chooses_among_is_no_setting_of_the_recipe():
+    settled = tn.papers.mixed(tn.Budget(size=4000))
+    with pytest.raises(ValueError, match="no setting of this recipe"):
+        setting(settled)
+    assert stronger((Prune(0.5), *settled), 2.0) == (Prune(0.25), *settled)
 
 
 def test_searched_channels_meet_a_size_or_say_so(task, tmp_path):

@@ -159,6 +159,16 @@ def test_what_is_kept_stays_as_it_is_whatever_the_stage(task, stage):
     assert notes["last.bias"] == "dense: kept by the rule 'last.bias'"
 
 
+def test_one_pattern_alone_is_kept_as_a_list_of_one_is(task):
+    draft = Draft.of_model(task.model)
+    for pattern in ("last.*", tn.Where("last.*")):
+        assert (
+            kept(draft, pattern).left
+            == kept(draft, [pattern]).left
+            == dict.fromkeys(("last.weight", "last.bias"), "last.*")
+        )
+
+
 def test_channels_of_what_is_kept_stay():
     torch.manual_seed(0)
     layers = [

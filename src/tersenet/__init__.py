@@ -17,6 +17,7 @@ __all__ = [
     "Metric",
     "Schedule",
     "Task",
+    "Where",
     "compress",
     "load",
     "papers",
@@ -28,6 +29,7 @@ _LATER = {
     "Metric": "task",
     "Schedule": "task",
     "Task": "task",
+    "Where": "where",
     "compress": "promise",
     "verify": "promise",
 }

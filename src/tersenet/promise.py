@@ -39,7 +39,7 @@ def compress(
     recipe: Recipe | None = None,
     budget: Budget | None = None,
     *,
-    keep: Iterable[Where | str] = (),
+    keep: Where | str | Iterable[Where | str] = (),
     rules: Sequence[tuple[Where | str, Method]] = (),
     coding: Coding | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -106,6 +106,8 @@ def compress(
     rows = [row for row in draft.journal.rows if {"stage", "likelihood"} & row.keys()]
     result = Result(artifact, before, after, time.monotonic() - begun, rows, chosen, draft.journal.path)
     # A drop that a stage kept was kept on the data for choosing; what the test split says is reported beside it.
+    if chosen is not None and task is not None and budget is not None:
+        _keep_drop(budget, task, chosen.before, chosen.after, " on the data for choosing")
     _keep_promise(result, None if on_choice else budget, task, original)
     return result
 
@@ -115,7 +117,7 @@ def prepared(
     recipe: Recipe | None,
     budget: Budget | None,
     *,
-    keep: Iterable[Where | str] = (),
+    keep: Where | str | Iterable[Where | str] = (),
     rules: Sequence[tuple[Where | str, Method]] = (),
 ) -> tuple[Draft, Recipe, Budget | None]:
     """What a run begins with: the draft with what is kept, the recipe with the rules before it, the budget.
@@ -176,11 +178,15 @@ def _keep_promise(result: Result, budget: Budget | None, task: Task | None, orig
         )
     if budget.drop is not None:
         assert result.after is not None and result.before is not None and task is not None
-        if -100 * task.metric.gain(result.after, result.before) > budget.drop:
-            raise PromiseBroken(
-                f"the metric went from {result.before:.4f} to {result.after:.4f}, the budget allows {budget.drop}"
-                " points: raise the recipe's density or bits"
-            )
+        _keep_drop(budget, task, result.before, result.after)
+
+
+def _keep_drop(budget: Budget, task: Task, before: float, after: float, where: str = "") -> None:
+    if budget.drop is not None and -100 * task.metric.gain(after, before) > budget.drop:
+        raise PromiseBroken(
+            f"the metric went from {before:.4f} to {after:.4f}{where}, the budget allows {budget.drop} points:"
+            " raise the recipe's density or bits"
+        )
 
 
 def _log(row: Row) -> None:

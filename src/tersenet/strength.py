@@ -30,11 +30,12 @@ def with_budget(recipe: Recipe, budget: Budget, coding: Coding | None) -> Recipe
 
 def setting(recipe: Recipe) -> str:
     """The name of the setting that decides a recipe's size; raises ValueError where it has none."""
-    found = next((name for name in SETTINGS if any(_values(stage, name) for stage in recipe)), None)
+    found = next((name for name in SETTINGS if any(_values(stage, name) for stage in _free(recipe))), None)
     if found is None:
         stages = ", ".join(type(stage).__name__ for stage in recipe)
         raise ValueError(
             f"no setting of this recipe ({stages}) decides its size: give it a density, bits, or a Waterfill stage"
+            " without a step or a budget of its own"
         )
     return found
 
@@ -47,8 +48,12 @@ def stronger(recipe: Recipe, e: float, name: str | None = None) -> Recipe:
     0.25
     """
     name = name or setting(recipe)
+    free = _free(recipe)
     return tuple(
-        _changed(stage, lambda field, value: _power(value, e, name) if field == name else value) for stage in recipe
+        _changed(stage, lambda field, value: _power(value, e, name) if field == name else value)
+        if stage in free
+        else stage
+        for stage in recipe
     )
 
 
@@ -102,6 +107,11 @@ def meeting(
     if best is None:
         raise UnmetBudget(most, least or 0, f" of the recipe's {name}")
     return best[1]
+
+
+def _free(recipe: Recipe) -> Recipe:
+    """The stages whose size is not settled by a step or a budget of their own, whatever methods they choose among."""
+    return tuple(stage for stage in recipe if not hasattr(stage, "budget"))
 
 
 def _open(stage: Stage) -> bool:

@@ -90,12 +90,13 @@ def kinds(draft: Draft) -> dict[str, str]:
     return {name: _kind(layers, name, tensor.tree.shape) for name, tensor in draft.tensors.items()}
 
 
-def kept(draft: Draft, patterns: Iterable[Where | str]) -> Draft:
+def kept(draft: Draft, patterns: Where | str | Iterable[Where | str]) -> Draft:
     """The draft with what the patterns match kept bit for bit by every stage, vectors such as biases too.
 
     Raises ValueError for a pattern that matches nothing.
     """
-    found = _chosen(draft, [(pattern, None) for pattern in patterns], sorted(draft.trainable & draft.tensors.keys()))
+    several = (patterns,) if isinstance(patterns, Where | str) else patterns
+    found = _chosen(draft, [(pattern, None) for pattern in several], sorted(draft.trainable & draft.tensors.keys()))
     rules = {id(draft.tensors[name]): rule for name, (rule, _) in found.items()}
     left = {name: rules[id(tensor)] for name, tensor in draft.tensors.items() if id(tensor) in rules}
     notes = {name: KEPT_BY_RULE for name in left if draft.tensors[name].note != FOLDED}

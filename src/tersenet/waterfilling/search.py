@@ -90,7 +90,7 @@ class Search:
         try:
             self.c = step_within(size_at, self.most, start, used, tries)
         except UnmetBudget as wrong:
-            why = f"; {held:,} bytes of it are buffers, which are kept bit for bit" if held > self.most / 4 else ""
+            why = f"; {held:,} bytes of it are buffers and what `keep` names" if held > self.most / 4 else ""
             raise UnmetBudget(wrong.most, wrong.least, why) from None
         return made(self.c), size_at(self.c)
 
