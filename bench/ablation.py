@@ -13,12 +13,12 @@ from ptq import task_of
 from table import write
 
 from tersenet.artifact import Coding, load
-from tersenet.draft import Draft, artifact_of, dense_array
+from tersenet.draft import QUICK, Draft, artifact_of, dense_array
 from tersenet.methods.feedback import diagonal, levels, paths
 from tersenet.waterfilling import factors, layers
 from tersenet.waterfilling.knowledge import Knowledge, outputs
 from tersenet.waterfilling.layers import Waterfilling
-from tersenet.waterfilling.search import QUICK, Search
+from tersenet.waterfilling.search import Search
 from tersenet.waterfilling.sensitivity import with_sensitivities
 
 SIZES = {"resnet20": 66_000, "mobilenetv2": 1_600_000}
@@ -137,7 +137,7 @@ def measure(name):
         knowledge, lambda known, first: with_sensitivities(known, first, search.c)
     ):
         search.coding = coding
-        yield row(label, *search.finest(waterfilling, rate))
+        yield row(label, *search.finest(waterfilling, rate, label))
 
 
 if __name__ == "__main__":

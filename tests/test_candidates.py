@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tersenet as tn
-from tersenet.draft import Draft, artifact_of
+from tersenet.draft import QUICK, Draft, artifact_of
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import unpack
@@ -16,7 +16,6 @@ from tersenet.stages.waterfill import Waterfill
 from tersenet.waterfilling.candidates import allocated, candidates
 from tersenet.waterfilling.knowledge import Knowledge
 from tersenet.waterfilling.layers import Waterfilling
-from tersenet.waterfilling.search import QUICK
 
 
 @pytest.fixture(scope="module")

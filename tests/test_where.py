@@ -124,6 +124,18 @@ def test_packing_by_rules_is_told_in_the_ledger(task, tmp_path):
     assert "rules" not in artifact_of(Pack(KMeans(4))(Draft.of_model(task.model), task)).meta
 
 
+def test_what_a_rule_packs_is_decided_whatever_the_recipe_does(task, tmp_path):
+    rules = (("first.weight", KMeans(2)),)
+    alone = Pack(None, rules)(Draft.of_model(task.model), task).tensors["first.weight"]
+    recipe = tn.papers.deep_compression(0.2, 3, rounds=1)
+    for _ in range(2):  # made, and taken up from what was kept
+        result = compress(task, recipe, rules=rules, folder=tmp_path)
+        assert np.array_equal(result.artifact.tensors["first.weight"].unpack(), alone.unpack())
+        assert isinstance(result.artifact["conv.weight"], Sparse)
+        assert "by the rule 'first.weight'" in str(result.artifact)
+    assert result.rows[-1]["kept"]
+
+
 def test_the_rule_that_pruned_a_weight_is_told(task):
     draft = Prune(0.3, 1, retrain="none", rules=(("conv*", 0.5), ("last*", 1.0)))(Draft.of_model(task.model), task)
     notes = {row.name: row.note for row in artifact_of(draft).ledger()}

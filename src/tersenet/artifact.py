@@ -156,7 +156,7 @@ def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit
     """Open a file and decode it, or only the named tensors of it, without reading the others.
 
     `limit` is how many decoded bytes are allowed; without it 256 MiB, or a thousand times the file's size up to 4 GiB,
-    or 64 times the size of a file that is larger. Raises `FormatError` for anything but a whole, undamaged file of ours.
+    or 64 times the size of a file that is larger. Raises `FormatError` for all but whole, undamaged files of ours.
     """
     if tensors is None and not isinstance(source, bytes):
         source = _read_whole(Path(source), limit)

@@ -16,7 +16,7 @@ from tersenet.artifact import Artifact, Coding, FormatError, Tensor, errors_agai
 from tersenet.budget import Budget, PromiseBroken, UnmetBudget
 from tersenet.calibrate import moments
 from tersenet.contract import check
-from tersenet.draft import Draft, artifact_of, dense_array
+from tersenet.draft import ERROR, Draft, artifact_of, dense_array
 from tersenet.folding import refolded
 from tersenet.journal import Journal, Row
 from tersenet.likelihood import Likelihood
@@ -30,7 +30,6 @@ from tersenet.task import Task, duplicate, one_thread
 from tersenet.where import Where, kept
 
 METRIC_BYTES = 24  # what the measured metric adds to a file, at most
-ERROR = 3  # bytes that a measured error adds to a tensor
 WIDTHS = {"float64": 8, "int64": 8, "uint64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}  # others count 4
 
 

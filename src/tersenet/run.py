@@ -1,6 +1,7 @@
 """Run a recipe: stages take a draft to a draft, and each one's result is kept under the key of all that led to it."""
 
 import hashlib
+import json
 import math
 import os
 import time
@@ -11,16 +12,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tersenet.artifact import Artifact, Coding, FormatError, load
+from tersenet.artifact import Artifact, Coding, FormatError, Section, load
 from tersenet.contract import check
 from tersenet.data import is_pair
-from tersenet.draft import Draft, artifact_of, dense_array
+from tersenet.draft import QUICK, Draft, artifact_of, dense_array
 from tersenet.journal import Row, memory
 from tersenet.key import Uncacheable, key_of
 from tersenet.origins import versions
 from tersenet.task import Task, duplicate
 
-QUICK = Coding(("bits", "context"))  # for the bytes that rows tell
+FACTS = ("folded", "rules", "left")  # of a draft, that its trees do not tell
 
 
 class Stage(Protocol):
@@ -111,9 +112,10 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
         since = time.monotonic()
         earlier = _kept(kept)
         if earlier is not None:
-            facts = {name: earlier.meta.pop(name, {}) for name in ("folded", "rules")}
-            draft = replace(draft, tensors=earlier.tensors, **facts)
-            row = {**earlier.meta, "kept": True}
+            facts = json.loads(earlier.sections["facts"].data)
+            trainable = draft.trainable - facts["left"].keys()
+            draft = replace(draft, tensors=earlier.tensors, trainable=trainable, **facts)
+            row = {n: v for n, v in earlier.meta.items() if n not in ("folded", "rules")} | {"kept": True}
         else:
             draft = stage(draft, task)
             whole = artifact_of(draft)
@@ -124,7 +126,9 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
                 journal.give_up("the task's data or functions change as they are used")
             if kept is not None and journal.folder is not None:
                 try:
-                    Artifact(whole.tensors, Coding(("bits",)), {**whole.meta, **row}).save(kept)
+                    facts = {name: dict(getattr(draft, name)) for name in FACTS}
+                    sections = {"facts": Section(json.dumps(facts).encode())}
+                    Artifact(whole.tensors, Coding(("bits",)), {**whole.meta, **row}, sections).save(kept)
                 except OSError as reason:
                     folder = None
                     journal.give_up(str(reason))

@@ -56,7 +56,8 @@ class Plan:
             found = moments(task, model, batches, Likelihood.of(task), labels=1, seed=seed)
         spaces = coupling.spaces()
         if not spaces:
-            raise ValueError("no channel of this network can be taken out: all are fixed by what reads them")
+            rules = ", or kept by rules" if draft.left else ""
+            raise ValueError(f"no channel of this network can be taken out: all are fixed by what reads them{rules}")
         before = frozenset(
             coupling.root(labels[place])
             for (name, axis), labels in coupling.axes.items()

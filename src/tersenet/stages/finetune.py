@@ -46,7 +46,7 @@ def _trained(network: "_Network", task: Task, schedule: Schedule, epochs: range,
     if before.model is None:
         raise ValueError("this stage trains the network, but only arrays were given: use Task(model, ...)")
     if len(epochs) and not network.leaves:
-        raise ValueError("this stage trains the network, but all of it is frozen: set requires_grad of some parameters")
+        raise ValueError("this stage trains the network, but all of it is frozen or kept: set requires_grad")
     held = folded_norms(before.tensors)
     with one_thread():
         optimizer = schedule.optimizer(network.leaves)

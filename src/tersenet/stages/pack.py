@@ -10,7 +10,19 @@ from tersenet.contract import PACKED, Kind, check
 from tersenet.draft import Draft, precise, round_leaves
 from tersenet.methods import Method
 from tersenet.methods.kmeans import KMeans
-from tersenet.packed import Packed, Reshaped, Sliced, Sparse, Tree, check_tree, check_tree_values, float_leaves, unpack
+from tersenet.packed import (
+    Array,
+    Packed,
+    Reshaped,
+    Sliced,
+    Sparse,
+    Tree,
+    check_tree,
+    check_tree_values,
+    float_leaves,
+    map_arrays,
+    unpack,
+)
 from tersenet.statistics import packed, statistics
 from tersenet.structure import is_plain, refilled
 from tersenet.task import Task
@@ -26,7 +38,8 @@ class Pack:
     """Rewrite the float leaves of each weight with `method`, or with that of a rule, e.g. (("conv*", KMeans(8)),).
 
     None leaves a weight alone, and so does packing that would not make a tensor smaller (its floats are as many as
-    before). Methods get the statistics that they need from `samples` training inputs.
+    before). Methods get the statistics that they need from `samples` training inputs. Where `method` is None, what the
+    rules pack is decided: no later stage changes it.
     """
 
     method: Method | None = field(default_factory=KMeans)
@@ -36,6 +49,8 @@ class Pack:
 
     @property
     def makes(self) -> tuple[Kind, ...]:
+        if self.method is None:  # what is decided is in nobody's way
+            return ()
         return made_by((self.method, *(method for _, method in self.rules)))
 
     @property
@@ -44,7 +59,21 @@ class Pack:
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
-        return repacked(draft, task, methods_of(draft, self.method, self.rules), self.samples, self.seed)
+        after = repacked(draft, task, methods_of(draft, self.method, self.rules), self.samples, self.seed)
+        return after if self.method is not None else _decided(draft, after)
+
+
+def _decided(before: Draft, after: Draft) -> Draft:
+    """The draft whose packed weights no later stage changes; their floats are rounded as far as that is harmless."""
+    names = [n for n in after.rules if after.tensors[n].tree is not before.tensors[n].tree]
+    rounded = after.with_trees({n: map_arrays(after.tensors[n].tree, _precise) for n in names})
+    rules = {id(rounded.tensors[n]): after.rules[n] for n in names}
+    left = {n: rules[id(t)] for n, t in rounded.tensors.items() if id(t) in rules}
+    return replace(rounded, left={**after.left, **left}, trainable=after.trainable - left.keys())
+
+
+def _precise(path: str, array: Array) -> Array:
+    return precise(array) if np.asarray(array).dtype == np.float32 else array
 
 
 Choices = Mapping[str, tuple[str, Method | None]]  # of each weight: the text of the rule that decides, and the method

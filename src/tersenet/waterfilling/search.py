@@ -20,7 +20,7 @@ import numpy as np
 from tersenet.allocators.lagrange import step_within
 from tersenet.artifact import Coding, load
 from tersenet.budget import UnmetBudget
-from tersenet.draft import Draft, artifact_of
+from tersenet.draft import ERROR, QUICK, Draft, artifact_of
 from tersenet.journal import Journal
 from tersenet.likelihood import Likelihood
 from tersenet.methods import Method
@@ -34,13 +34,11 @@ from tersenet.waterfilling.sensitivity import with_sensitivities
 
 DAMPINGS = (Damping(), Damping(rows=1.0))
 RATES = (0.3, 0.5)  # how much a bit weighs against distortion
-QUICK = Coding(("bits", "context"))  # nearly as small as the best of all codecs, and never smaller
 FALL = 5  # by experience: the difference falls with about this power of the size
 CLEARLY = 0.75  # by so much less a file made without moments must err: held back inputs are few
 ALIKE = 0.5  # of the outputs' variation, the most that may be lost, whatever the metric says
 MANY = 1 << 20  # weights from which on files are made with one price of a bit alone, to save time
 LOOSE = 0.8  # files that use less of the budget are looked at again
-ERROR = 3  # bytes that a measured error will add to each tensor
 
 
 @dataclass
