@@ -18,7 +18,7 @@ from tersenet.methods.sparse import largest
 from tersenet.methods.surgeon import SparseGPT, refitted, removals, swept
 from tersenet.packed import Sparse, unpack
 from tersenet.stages.finetune import TrainLevels
-from tersenet.stages.obs import OBS, Layer
+from tersenet.stages.obs import OBS, Prunable
 from tersenet.stages.prune import Prune
 from tersenet.stages.waterfill import Waterfill
 from tersenet.structure import support
@@ -88,7 +88,7 @@ def test_with_moments_of_one_the_surgeon_is_magnitude_pruning(task):
         rows = w.reshape(1, len(w), -1)
         n = rows.shape[2]
         units = np.eye(n)[None], np.eye(len(w))[None, None]
-        layers.append(Layer(name, Form.plain(w.shape), rows, np.ones(rows.shape, bool), *units, np.zeros((1, n))))
+        layers.append(Prunable(name, Form.plain(w.shape), rows, np.ones(rows.shape, bool), *units, np.zeros((1, n))))
     found = OBS(0.2, "kronecker")._ranked(draft, layers)
     plain = Prune(0.2, 1, retrain="none")(draft, task)
     assert all(np.array_equal(found.tensors[n].tree.mask, plain.tensors[n].tree.mask) for n in draft.weights())
@@ -234,7 +234,7 @@ def test_blocks_of_a_layer_are_laid_and_put_back():
     matrix = form.matrix(w)  # [2, 5, 12]
     units = np.tile(np.eye(5), (6, 1, 1)), np.tile(np.eye(2), (2, 3, 1, 1))
     blank = np.zeros((6, 5, 5))
-    layer = Layer("w", form, blank, blank.astype(bool), *units, np.zeros((6, 5)))
+    layer = Prunable("w", form, blank, blank.astype(bool), *units, np.zeros((6, 5)))
     laid = layer.laid(w)
     assert laid.shape == (6, 5, 5) and layer.widths == [5, 5, 2] * 2 and layer.size == 120
     assert np.array_equal(np.concatenate(list(laid[:3]), 1)[:, :12], matrix[0])

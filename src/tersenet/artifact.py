@@ -40,7 +40,7 @@ CHUNK = 1 << 20  # values that are compared at a time
 __all__ = ["FLOATS", "Artifact", "Coding", "FormatError", "Section", "Tensor", "load"]
 
 
-class Row(NamedTuple):
+class LedgerRow(NamedTuple):
     """One line of the ledger: bytes of the tensor's integers (payload), floats (tables) and header."""
 
     name: str
@@ -144,7 +144,7 @@ class Artifact:
             raise ValueError(f"{path}: {wrong}, and the same limit for save") from None
         write_atomically(Path(path), self.to_bytes())
 
-    def ledger(self) -> list[Row]:
+    def ledger(self) -> list[LedgerRow]:
         """A row for each tensor and one for the file's own bytes; the rows add up to the size of the file."""
         return _ledger(self.to_bytes())
 
@@ -186,7 +186,7 @@ def _read_whole(path: Path, limit: int | None) -> bytes:
         return file.read()
 
 
-def _ledger(data: bytes) -> list[Row]:
+def _ledger(data: bytes) -> list[LedgerRow]:
     header = Header.read(Memory(data), sys.maxsize)
     rows, seen = [], dict[int, str]()
     shrunk, pools = header.coded / max(header.plain, 1), {pool.form: pool for pool in header.pools}
@@ -196,7 +196,7 @@ def _ledger(data: bytes) -> list[Row]:
         note = _ruled(tensor.note, rules[name]) if isinstance(rules, dict) and name in rules else tensor.note
         share = int(entry.header * shrunk)
         if id(tensor) in seen:
-            rows.append(Row(name, "tied", shape, "", 0, 0, share, 0, None, f"tied to {seen[id(tensor)]}"))
+            rows.append(LedgerRow(name, "tied", shape, "", 0, 0, share, 0, None, f"tied to {seen[id(tensor)]}"))
             continue
         seen[id(tensor)] = name
         parts = []  # codec, length, whether they are floats; of a pool the tensor's share
@@ -206,13 +206,13 @@ def _ledger(data: bytes) -> list[Row]:
             parts.append((CODED[pool.codec], length, p.dtype.kind == "f"))
         payload, tables = (sum(length for _, length, floats in parts if floats == kind) for kind in (False, True))
         used = "+".join(dict.fromkeys(codec for codec, *_ in sorted(parts, key=lambda part: -part[1])))
-        rows.append(Row(name, kinds, shape, used, payload, tables, share, math.prod(shape), tensor.error, note))
+        rows.append(LedgerRow(name, kinds, shape, used, payload, tables, share, math.prod(shape), tensor.error, note))
     for name, held in header.sections.items():
         rows.append(
-            Row(f"({name})", "section", (), "", held.length, 0, 0, 0, None, f"{held.plain:,} bytes as they came")
+            LedgerRow(f"({name})", "section", (), "", held.length, 0, 0, 0, None, f"{held.plain:,} bytes as they came")
         )
     own = len(data) - sum(row.total for row in rows)
-    return [*rows, Row("(file)", "", (), "", 0, 0, own, 0, None, "magic, version, lengths, checks, notes")]
+    return [*rows, LedgerRow("(file)", "", (), "", 0, 0, own, 0, None, "magic, version, lengths, checks, notes")]
 
 
 def _ruled(note: str, rule: Any) -> str:
@@ -230,7 +230,7 @@ def _kinds(tree: Tree) -> str:
     return f"{type(tree).__name__}({', '.join(inner)})" if inner else type(tree).__name__
 
 
-def ledger_text(rows: list[Row]) -> str:
+def ledger_text(rows: list[LedgerRow]) -> str:
     """The ledger as a table, with the sum and the ratio to 32-bit weights."""
     total, weights = sum(row.total for row in rows), sum(row.weights for row in rows)
     names = [printable(row.name) for row in rows]

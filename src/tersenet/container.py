@@ -30,7 +30,7 @@ HEADER_CAP, NAME_CAP, META_CAP, SECTION_CAP, RANK_CAP = 1 << 24, 1 << 10, 1 << 1
 # Decoded bytes: 256 MiB, or 1000 times the file up to 4 GiB, or 64 times a file that is larger.
 ALWAYS, EXPANSION, CEILING, LARGE = 1 << 28, 1000, 1 << 32, 64
 ALIAS = 255
-SMALL, VECTOR = 64, 1024  # values of arrays, and of vectors, that share the stream of others
+POOLED_SIZE, POOLED_VECTOR = 64, 1024  # values of arrays, and of vectors, that share the stream of others
 
 # How an array lies in memory and, where that loses nothing, in a narrower type in the file. Only ever append.
 FORMATS = [
@@ -130,7 +130,7 @@ class Promise:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return HELD[self.form]
+        return IN_MEMORY[self.form]
 
     @property
     def size(self) -> int:
@@ -172,7 +172,7 @@ class Section(NamedTuple):
 
 
 @dataclass(slots=True)
-class Held:
+class SectionPlace:
     """A section that is not read yet: whether it is required and deflated, its lengths, its place and its CRC-32."""
 
     flags: int
@@ -198,7 +198,7 @@ class Header:
     pools: list[Promise]  # the small arrays of each format, as one
     pools_check: int
     meta: dict[str, Any]
-    sections: dict[str, Held]
+    sections: dict[str, SectionPlace]
     plain: int
     coded: int
     needed: int  # bytes in memory once all is decoded and unpacked, and 8 for each integer of the longest stream
@@ -313,7 +313,7 @@ NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)
 KINDS, CODED = tuple(NODES.values()), tuple(codecs.CODECS)
 POOLED = 127  # in place of a codec
 CONTEXT = CODED.index("context")
-HELD = tuple(np.dtype(held) for held, _ in FORMATS)
+IN_MEMORY = tuple(np.dtype(held) for held, _ in FORMATS)
 INTEGERS = tuple(WIDTH.get(stored, 1) for _, stored in FORMATS)  # that codecs see for a value: a float's bytes
 MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of parts that do not belong together raises
 
@@ -384,7 +384,7 @@ class _Parser(Reader):
             shape, codec, size = self.head()
             if self.at == begin + len(head):
                 self.heads[head] = shape, codec, size
-        self.needed += size * HELD[form].itemsize
+        self.needed += size * IN_MEMORY[form].itemsize
         if codec == POOLED:
             promise = Promise(shape, form, codec, 0, self.pooled[form])
             self.pooled[form] += size
@@ -418,8 +418,8 @@ class _Parser(Reader):
             self.longest = max(self.longest, count * INTEGERS[form])
         return found
 
-    def sections(self) -> dict[str, Held]:
-        found: dict[str, Held] = {}
+    def sections(self) -> dict[str, SectionPlace]:
+        found: dict[str, SectionPlace] = {}
         count = self.number(min(SECTION_CAP, self.left))
         for _ in range(count):
             try:
@@ -432,7 +432,7 @@ class _Parser(Reader):
                 raise FormatError(f"the section {name!r} is named twice, or of an unknown kind")
             if flags & REQUIRED and name not in KNOWN:
                 raise FormatError(f"the file needs its section {name!r} to be understood: update tersenet")
-            found[name] = Held(flags, plain, length, self.offset, check)
+            found[name] = SectionPlace(flags, plain, length, self.offset, check)
             self.offset += length
             self.needed += plain
         if not found:
@@ -703,7 +703,7 @@ def _small(array: Array) -> bool:
     A constant costs two bytes in a stream of its own.
     """
     axes = sum(n > 1 for n in array.shape)
-    if array.size > (VECTOR if axes < 2 else SMALL) or not array.size:
+    if array.size > (POOLED_VECTOR if axes < 2 else POOLED_SIZE) or not array.size:
         return False
     return array.dtype.kind == "f" or bool((array != array.flat[0]).any())
 

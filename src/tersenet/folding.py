@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor as Array
 
 from tersenet.artifact import FLOATS, Artifact, Tensor
 from tersenet.draft import Draft
@@ -232,7 +231,7 @@ def _in_type(values: Any, dtype: str) -> Any:
     return single if dtype == "float64" else single.astype(np.float32)
 
 
-def _same(one: Array, other: Array | None) -> bool:
+def _same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
     """Whether two results differ by no more than rounding, as seen from the largest of them."""
     if other is None or one.shape != other.shape or one.dtype != other.dtype:
         return False

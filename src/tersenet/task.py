@@ -37,7 +37,7 @@ from tersenet.data import (
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-HELD = 0.1  # the part of the training split that choices are made on, where the task brings no validation split
+HELD_OUT = 0.1  # the part of the training split that choices are made on, where the task brings no validation split
 LARGEST = 1 << 19  # numbers in a batch of calibration inputs, which has fewer samples where these are large
 LIKELIHOODS = ("classes", "bernoulli", "gaussian")
 
@@ -214,7 +214,7 @@ class Task:
         if self.train is None:
             raise ValueError("this needs training data, but the task has none: give Task(train=...)")
         split = split_of(self.train, "train")
-        return split if self.valid is not None else split.parted(HELD)[0]
+        return split if self.valid is not None else split.parted(HELD_OUT)[0]
 
     def batches(self, epoch: int, seed: int, batch: int) -> Generator[Batch, None, None]:
         """One epoch of training batches on the device, shuffled and augmented by seed and epoch; none is held back.
@@ -234,7 +234,7 @@ class Task:
             return split_of(self.valid, "valid")
         if self.train is None:
             raise ValueError("choices are made on data, but the task has none: give Task(train=...)")
-        return split_of(self.train, "train").parted(HELD)[1]
+        return split_of(self.train, "train").parted(HELD_OUT)[1]
 
     def calibration(self, count: int, size: int = 16) -> list[Any]:
         """Batches of training inputs for statistics, `count` samples in all, at most `size` in a batch where possible.

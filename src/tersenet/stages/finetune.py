@@ -17,7 +17,6 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor as Array
 from torch import nn
 from torch.func import functional_call
 
@@ -114,7 +113,7 @@ class _Network:
     """
 
     def __init__(self, draft: Draft, device: str = "cpu") -> None:
-        self.before, self.device, self.leaves = draft, torch.device(device), list[Array]()
+        self.before, self.device, self.leaves = draft, torch.device(device), list[torch.Tensor]()
         model = draft.model
         parameters = [] if model is None else model.named_parameters(remove_duplicate=False)
         frozen = {name for name, parameter in parameters if not parameter.requires_grad}
@@ -140,19 +139,19 @@ class _Network:
             return _Stepped(node, moved, unit)
         return _rebuilt(tree, self._tree) if isinstance(tree, Packed) else map_arrays(tree, self._leaf)
 
-    def _held(self, path: str, array: object) -> Array:
+    def _held(self, path: str, array: object) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(self.device)
 
-    def _leaf(self, path: str, array: object) -> Array:
+    def _leaf(self, path: str, array: object) -> torch.Tensor:
         made = self._held(path, array)
         if made.is_floating_point():
             made = (made if made.dtype == torch.float64 else made.float()).requires_grad_()
             self.leaves.append(made)
         return made
 
-    def state(self) -> dict[str, Array]:
+    def state(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, in its own type, made of the leaves as they are now."""
-        dense: dict[int, Array] = dict(self.kept)
+        dense: dict[int, torch.Tensor] = dict(self.kept)
         with self._placed():
             for tensor in self.before.tensors.values():
                 if id(tensor) not in dense:
@@ -160,11 +159,11 @@ class _Network:
                     dense[id(tensor)] = _Strided.apply(made)  # type: ignore[no-untyped-call]
         return {name: dense[id(tensor)] for name, tensor in self.before.tensors.items()}
 
-    def tensors(self) -> list[Array]:
+    def tensors(self) -> list[torch.Tensor]:
         """All that training changes."""
         return [*self.leaves, *self.kept.values()]
 
-    def follow(self, state: Mapping[str, Array]) -> None:
+    def follow(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over buffers that the network has put in place of those it was given; it changes most in place."""
         for name, tensor in self.before.tensors.items():
             if id(tensor) in self.kept:
@@ -207,11 +206,11 @@ class _Strided(torch.autograd.Function):
     """The same tensor, with a gradient that optimisers and nodes can take where an embedding gives a sparse one."""
 
     @staticmethod
-    def forward(context: Any, tensor: Array) -> Array:
+    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(context: Any, gradient: Array) -> Array:
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.to_dense() if gradient.is_sparse else gradient
 
 
@@ -223,16 +222,16 @@ class _Stepped(Packed):
     """
 
     node: Uniform
-    moved: Array
-    unit: Array
+    moved: torch.Tensor
+    unit: torch.Tensor
 
     @property
-    def scale(self) -> Array:
-        scale: Array = unpack(self.node.scale)
+    def scale(self) -> torch.Tensor:
+        scale: torch.Tensor = unpack(self.node.scale)
         return scale + self.moved * self.unit
 
-    def unpack(self) -> Array:
-        dense: Array = replace(self.node, scale=self.scale).unpack()
+    def unpack(self) -> torch.Tensor:
+        dense: torch.Tensor = replace(self.node, scale=self.scale).unpack()
         return dense
 
     @property
@@ -244,19 +243,19 @@ class _Stepped(Packed):
 class _Straight(Packed):
     """A `Uniform` whose levels are trained: `weight` is rounded to them, its gradient passes straight through."""
 
-    weight: Array
-    kept: Array  # 0 where the level is held at zero
+    weight: torch.Tensor
+    kept: torch.Tensor  # 0 where the level is held at zero
     node: Uniform
 
-    def levels(self) -> Array:
+    def levels(self) -> torch.Tensor:
         free = self.weight / self._step() * self.kept
         return free + (free.round() - free).detach()
 
-    def unpack(self) -> Array:
+    def unpack(self) -> torch.Tensor:
         return self.levels() * self._step()
 
-    def _step(self) -> Array:
-        step: Array = replace(self.node, q=torch.ones_like(self.weight)).unpack()
+    def _step(self) -> torch.Tensor:
+        step: torch.Tensor = replace(self.node, q=torch.ones_like(self.weight)).unpack()
         return step
 
     @property

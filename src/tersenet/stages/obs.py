@@ -44,7 +44,7 @@ UPDATES = ("sum", "best", "none")
 
 
 @dataclass(frozen=True)
-class Layer:
+class Prunable:
     """A weight as blocks of its columns, with what removing parts of it costs, all in float64.
 
     There is a block for each of the k diagonal blocks of A in each group; what goes past the last column is masked.
@@ -163,7 +163,7 @@ class OBS:
             chosen = self._ranked(draft, layers) if self.order == "kronecker" else self._merged(draft, layers)
             return self._updated(chosen, layers)
 
-    def _layers(self, draft: Draft, task: Task) -> list[Layer]:
+    def _layers(self, draft: Draft, task: Task) -> list[Prunable]:
         batches, likelihood = task.calibration(self.samples), Likelihood.of(task)
         found = moments(task, draft.module(), batches, likelihood, seed=self.seed)
         known = {id(draft.tensors[name]): m for name, m in found.items() if name in draft.tensors}
@@ -173,7 +173,7 @@ class OBS:
             if id(draft.tensors[name]) in known
         ]
 
-    def _layer(self, draft: Draft, name: str, known: Moments) -> Layer:
+    def _layer(self, draft: Draft, name: str, known: Moments) -> Prunable:
         w, tree, form = dense_array(draft.tensors[name]).astype(np.float64), draft.tensors[name].tree, known.form
         a, g, means = known.inputs.flatten(0, 1).numpy(), known.outputs.numpy(), known.means.numpy()
         if not (np.isfinite(a).all() and np.isfinite(g).all()):
@@ -186,17 +186,17 @@ class OBS:
         outputs = g + (self.rows * level + 1e-12)[:, None, None, None] * np.eye(g.shape[2])
         inputs = damped(a - means[:, :, None] * means[:, None], self.damping)
         weight, left = (_blocked(form, part, width) for part in (w, support(tree)))
-        return Layer(name, form, weight, left, inputs, outputs, means, bias, self.block)
+        return Prunable(name, form, weight, left, inputs, outputs, means, bias, self.block)
 
-    def _ranked(self, draft: Draft, layers: list[Layer]) -> Draft:
+    def _ranked(self, draft: Draft, layers: list[Prunable]) -> Draft:
         saliency = {layer.name: layer.whole(np.square(layer.weight) / (2 * layer.stiffness)) for layer in layers}
         shaped = {name: cost.reshape(draft.tensors[name].tree.shape) for name, cost in saliency.items()}
         return masked(draft, shaped, dict.fromkeys(shaped, self.density), set())
 
-    def _merged(self, draft: Draft, layers: list[Layer]) -> Draft:
+    def _merged(self, draft: Draft, layers: list[Prunable]) -> Draft:
         """Costs along each row's removals never fall, so the cheapest of all rows together are prefixes of each."""
 
-        def taken(row: tuple[Layer, int, int]) -> tuple[Array, Array]:
+        def taken(row: tuple[Prunable, int, int]) -> tuple[Array, Array]:
             layer, k, r = row
             there = np.flatnonzero(layer.mask[k, r])
             inverted = inverse(layer.inputs[k][np.ix_(there, there)])
@@ -221,7 +221,7 @@ class OBS:
             trees[layer.name] = thinned(tree, mask)
         return draft.with_trees(trees)
 
-    def _updated(self, chosen: Draft, layers: list[Layer]) -> Draft:
+    def _updated(self, chosen: Draft, layers: list[Prunable]) -> Draft:
         """The survivors of a draft that was pruned, moved; the layers hold the weights from before."""
         weights: dict[str, Array] = {}
         for layer in layers:
@@ -235,7 +235,7 @@ class OBS:
             weights[layer.name] = np.where(mask, found, 0)
         return self._with_weights(chosen, layers, weights)
 
-    def _swept(self, draft: Draft, layers: list[Layer]) -> Draft:
+    def _swept(self, draft: Draft, layers: list[Prunable]) -> Draft:
         weights, masks = dict[str, Array](), dict[str, Tree]()
         for layer in progress(layers, "sweeping", len(layers)):
             found, kept = np.zeros(layer.weight.shape), np.zeros(layer.weight.shape, bool)
@@ -246,7 +246,7 @@ class OBS:
             masks[layer.name] = thinned(tree, layer.whole(kept).reshape(tree.shape))
         return self._with_weights(draft.with_trees(masks), layers, weights)
 
-    def _with_weights(self, draft: Draft, layers: list[Layer], weights: dict[str, Array]) -> Draft:
+    def _with_weights(self, draft: Draft, layers: list[Prunable], weights: dict[str, Array]) -> Draft:
         """The draft with new weights under its masks; biases take up the mean of what was lost."""
         trees, biases = dict[str, Tree](), dict[str, Array]()
         for layer in layers:
@@ -262,5 +262,5 @@ class OBS:
         return draft.with_trees(trees)
 
 
-def _size(layers: list[Layer]) -> int:
+def _size(layers: list[Prunable]) -> int:
     return sum(layer.size for layer in layers)

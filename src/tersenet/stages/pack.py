@@ -28,7 +28,7 @@ from tersenet.structure import is_plain, refilled
 from tersenet.task import Task
 from tersenet.where import Where, chosen
 
-SMALL = "dense: smaller than its codebook"
+NO_GAIN = "dense: smaller than its codebook"
 LEFT_OUT = "dense: left out by the recipe"
 UNSEEN = "dense: no result depends on it, so what its method needs is not known"
 
@@ -116,7 +116,7 @@ def repacked(draft: Draft, task: Task | None, choices: Choices, samples: int, se
             if _floats(tree) < _floats(before):
                 trees[name] = tree
             else:
-                notes[name] = SMALL
+                notes[name] = NO_GAIN
     notes = {name: note for name, note in notes.items() if not isinstance(draft.tensors[name].tree, Packed)}
     rules = {name: choices[name][0] for name in trees if choices[name][0]}
     return replace(draft.with_trees(trees).with_notes(notes), rules={**draft.rules, **rules})

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor as Array
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -47,7 +46,7 @@ class Pair:
 class _Result:
     """What a layer gave: its weight, how often it was read, the norm that read it."""
 
-    tensor: "weakref.ref[Array]"
+    tensor: "weakref.ref[torch.Tensor]"
     turn: int
     weight: str
     groups: int
@@ -68,8 +67,8 @@ class Reads(TorchFunctionMode):
         self.counts: Counter[tuple[str, int]] = Counter()
         self.made: dict[int, _Result] = {}
         self.all: list[_Result] = []
-        self.outs: dict[tuple[str, int], Array] = {}  # of norms, by the batch's number
-        self.results: list[Array] = []
+        self.outs: dict[tuple[str, int], torch.Tensor] = {}  # of norms, by the batch's number
+        self.results: list[torch.Tensor] = []
 
     @staticmethod
     def of(task: Task, model: nn.Module, batches: Sequence[Any]) -> "Reads":
@@ -105,11 +104,11 @@ class Reads(TorchFunctionMode):
             if (result := self._result(tensor)) is not None:
                 result.reads += 1
 
-    def _result(self, tensor: Array) -> _Result | None:
+    def _result(self, tensor: torch.Tensor) -> _Result | None:
         found = self.made.get(id(tensor))
         return found if found is not None and found.tensor() is tensor else None
 
-    def _layer(self, name: str, args: Any, given: Any, out: Array) -> None:
+    def _layer(self, name: str, args: Any, given: Any, out: torch.Tensor) -> None:
         bound = arguments(name, args, given)
         weight, bias = (self.names.get(id(bound[part])) for part in ("weight", "bias"))
         dims = LAYERS[name]
@@ -121,7 +120,7 @@ class Reads(TorchFunctionMode):
             self.made[id(out)] = result = _Result(weakref.ref(out), self.turn, weight, groups)
             self.all.append(result)
 
-    def _norm(self, args: Any, given: Any, out: Array) -> None:
+    def _norm(self, args: Any, given: Any, out: torch.Tensor) -> None:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         bound = {"training": False, "eps": 1e-5, **dict(zip(names, args, strict=False)), **given}
         result, held = self._result(bound["input"]), self.names.get(id(bound["running_var"]), "")

@@ -21,7 +21,7 @@ from tersenet.tracing.operations import Form
 from tersenet.waterfilling.lossless import Lossless, lossless
 
 LONG = 5.0  # seconds from which on moments are kept for a run that goes on after a stop
-HELD = 5  # of so many batches one is not among those that moments are made of
+EVERY = 5  # of so many batches one is not among those that moments are made of
 Halves = tuple[Moments, Moments]
 
 
@@ -50,11 +50,11 @@ class Knowledge:
         if task is None or draft.model is None:
             return Knowledge(draft, lossless=lossless(_unique(draft)))
         known = split_of(task.train, "train").count or count
-        batches = task.calibration(count, max(1, min(16, min(known, count) // (2 * HELD))))
+        batches = task.calibration(count, max(1, min(16, min(known, count) // (2 * EVERY))))
         likelihood = Likelihood.of(task)
         draft, norms = folded(draft, task, batches[:1])
-        held = batches[HELD - 1 :: HELD] if len(batches) >= HELD else batches
-        rest = [batch for k, batch in enumerate(batches) if k % HELD != HELD - 1 or len(batches) < HELD]
+        held = batches[EVERY - 1 :: EVERY] if len(batches) >= EVERY else batches
+        rest = [batch for k, batch in enumerate(batches) if k % EVERY != EVERY - 1 or len(batches) < EVERY]
         seen = sum(map(samples, rest))
         labels = min(16, max(4, 4096 // seen))  # where there are few inputs, more labels make up for it in part
         model = draft.module()

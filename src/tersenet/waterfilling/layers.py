@@ -30,7 +30,7 @@ from tersenet.waterfilling.factors import Damping, band, input_factors, kept_mom
 from tersenet.waterfilling.knowledge import Halves, Knowledge
 from tersenet.waterfilling.lossless import Lossless, entropy
 
-SMALL = 16  # tensors with fewer weights stay floats
+FEW = 16  # tensors with fewer weights stay floats
 VECTORS = 0.5  # where vectors hold more of a network's numbers than this, they are quantized too, and finely:
 FINER = 4.0  # so many times finer than weights of equal size
 PRUNED = 0.3  # where so many weights are zero, zeros stay zero
@@ -144,7 +144,7 @@ class Waterfilling:
             if aware and name in draft.tensors
         }
         packed = {name: draft.tensors[name].tree for name in draft.weights()}
-        names = [n for n, tree in packed.items() if is_plain(tree) and math.prod(unsliced(tree)[0].shape) >= SMALL]
+        names = [n for n, tree in packed.items() if is_plain(tree) and math.prod(unsliced(tree)[0].shape) >= FEW]
         halves = {name: known.get(id(draft.tensors[name])) for name in names}  # by any name of tied weights
         with one_thread():
             layers = list(spread(lambda name: _layer(name, knowledge, halves[name], damping, hold), names))
@@ -162,7 +162,7 @@ class Waterfilling:
         done = {layer.name for layer in layers} | set(shifts)
         for name in sorted(draft.trainable & set(draft.tensors)):
             tree, size = draft.tensors[name].tree, math.prod(draft.tensors[name].tree.shape)
-            few = len(tree.shape) < 2 or size < SMALL
+            few = len(tree.shape) < 2 or size < FEW
             if few and not isinstance(tree, Packed) and draft.tensors[name].dtype == "float32" and name not in done:
                 trees[name] = precise(tree)
         return Waterfilling(draft.with_trees(trees), layers, shifts, knowledge.lossless)
@@ -259,7 +259,7 @@ def rounded(values: Array, step: float) -> Tree:
 def _vectors(draft: Draft) -> list[Layer]:
     """Layers of the vectors, where these are most of the network; else they stay floats."""
     sizes = {name: math.prod(draft.tensors[name].tree.shape) for name in draft.trainable & set(draft.tensors)}
-    flat = {name: size for name, size in sizes.items() if len(draft.tensors[name].tree.shape) == 1 and size >= SMALL}
+    flat = {name: size for name, size in sizes.items() if len(draft.tensors[name].tree.shape) == 1 and size >= FEW}
     if sum(flat.values()) <= VECTORS * sum(sizes.values()):
         return []
     layers, seen = list[Layer](), set[int]()
