@@ -7,8 +7,11 @@ from conftest import floats
 
 from tersenet import load
 from tersenet.artifact import Artifact, Tensor
-from tersenet.methods.exact import exact, twins
+from tersenet.budget import Budget
+from tersenet.draft import Draft, twins
+from tersenet.methods.exact import exact
 from tersenet.packed import Codebook, Reshaped, Sparse, Uniform, check_tree, check_tree_values, map_arrays, unpack
+from tersenet.promise import compress
 
 
 def dense_like(*shape, seed=0):
@@ -272,3 +275,13 @@ def test_twins_have_the_type_shape_and_bits_of_an_earlier_array():
     }
     assert twins(given) == {"b": "a", "strided": "a", "changed again": "changed", "nan again": "nan"}
     assert twins({}) == {}
+
+
+def test_equal_arrays_of_a_checkpoint_are_stored_once():
+    w = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    state = {"embed.weight": w, "head.weight": w.copy(), "other.weight": w + 1, "half.weight": w.astype(np.float16)}
+    tensors = Draft.of_arrays(state).tensors
+    assert tensors["embed.weight"] is tensors["head.weight"] is not tensors["other.weight"]
+    result = compress(state, budget=Budget(ratio=4)).artifact
+    alone = compress({n: a for n, a in state.items() if n != "head.weight"}, budget=Budget(ratio=4)).artifact
+    assert result.nbytes < alone.nbytes + 40 and load(result.to_bytes()).unpack().keys() == state.keys()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -71,11 +72,16 @@ class Draft:
     def of_arrays(arrays: Mapping[str, Array]) -> "Draft":
         """The draft of named arrays or torch tensors, which need no module: finite floats that are no buffers by name.
 
-        Arrays that share their numbers are one tensor; extra state that is none is left out. Floats of two or more axes
-        count as weights.
+        Arrays that share their numbers, or are equal, are one tensor: nothing trains them apart. Extra state that is
+        none is left out. Floats of two or more axes count as weights.
         """
         state = {n: a for n, a in arrays.items() if hasattr(a, "dtype") or n.rpartition(".")[2] != "_extra_state"}
         tensors = _dense(state, lambda name, array: not _is_buffer(name, array))
+        equal = twins({name: np.asarray(tensor.tree) for name, tensor in tensors.items()})
+        alike = {
+            n: o for n, o in equal.items() if (tensors[n].dtype, tensors[n].note) == (tensors[o].dtype, tensors[o].note)
+        }
+        tensors = {name: tensors[alike.get(name, name)] for name in tensors}
         return Draft(None, tensors, frozenset(name for name, tensor in tensors.items() if tensor.note == KEPT))
 
     def weights(self) -> list[str]:
@@ -155,6 +161,31 @@ def _dense(state: Mapping[str, Array], is_weight: Callable[[str, Array], bool]) 
             note = NOT_FINITE
         tensors[name] = Tensor(array.copy(), dtype, note)
     return tensors
+
+
+def twins(arrays: Mapping[str, Array]) -> dict[str, str]:
+    """Names of arrays with the type, shape and bits of an earlier one, and its name; empty and single values left out.
+
+    >>> twins({"a": np.ones(3), "b": np.ones(3), "c": np.zeros(3)})
+    {'b': 'a'}
+    """
+    found: dict[str, str] = {}
+    seen: dict[tuple[str, tuple[int, ...], int], list[str]] = {}
+    for name, array in arrays.items():
+        if array.size < 2:
+            continue
+        raw = _raw(array)
+        alike = seen.setdefault((array.dtype.str, array.shape, zlib.crc32(raw)), [])
+        twin = next((other for other in alike if np.array_equal(_raw(arrays[other]), raw)), None)
+        if twin is None:
+            alike.append(name)
+        else:
+            found[name] = twin
+    return found
+
+
+def _raw(array: Array) -> Array:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _place(name: str, value: Array) -> tuple[Any, ...]:

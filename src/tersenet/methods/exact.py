@@ -9,8 +9,7 @@ w = round(q * scale) leaves an interval of scales, the intersection over a group
 exactly these values, and the one whose mantissa ends in the most zeros is taken (a half-precision scale, if one does).
 """
 
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -36,31 +35,6 @@ def exact(w: Array) -> list[Tree]:
     w = _single(w.astype(w.dtype.newbyteorder("="), copy=False))
     found = _constant(w) or [*_equal_rows(w), *_by_value(w)]
     return [tree for tree in found if _same(tree, w)]
-
-
-def twins(arrays: Mapping[str, Array]) -> dict[str, str]:
-    """Names of arrays with the type, shape and bits of an earlier one, and its name; empty and single values left out.
-
-    >>> twins({"a": np.ones(3), "b": np.ones(3), "c": np.zeros(3)})
-    {'b': 'a'}
-    """
-    found: dict[str, str] = {}
-    seen: dict[tuple[str, tuple[int, ...], int], list[str]] = {}
-    for name, array in arrays.items():
-        if array.size < 2:
-            continue
-        raw = _raw(array)
-        alike = seen.setdefault((array.dtype.str, array.shape, zlib.crc32(raw)), [])
-        twin = next((other for other in alike if np.array_equal(_raw(arrays[other]), raw)), None)
-        if twin is None:
-            alike.append(name)
-        else:
-            found[name] = twin
-    return found
-
-
-def _raw(array: Array) -> Array:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _bits(w: Array) -> Array:
