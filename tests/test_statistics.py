@@ -172,9 +172,7 @@ def test_what_cannot_be_known_is_said_in_one_line(task):
         assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match=r"conv.weight: KMeans needs the Fisher information .* before other methods"):
         Pack(chain(KernelDCT(), KMeans(2, weighted=True)))(draft, task)
-    with pytest.raises(
-        ValueError, match=r"conv.weight: Pack cannot take Sparse nodes; SparseGPT.* dense layers see"
-    ):
+    with pytest.raises(ValueError, match=r"conv.weight: Pack cannot take Sparse nodes; SparseGPT.* dense layers see"):
         Pack(SparseGPT())(Prune(0.5, 1, retrain="none")(draft, task), task)
 
 
