@@ -12,7 +12,8 @@ from tersenet import FormatError, load
 from tersenet.artifact import Artifact, Coding, Tensor
 from tersenet.codecs import CODECS
 from tersenet.codecs.stream import put_number
-from tersenet.container import DTYPES, FOOTER, POOLED, PREAMBLE, _plain
+from tersenet.container import DTYPES, FOOTER, POOLED, PREAMBLE
+from tersenet.header import _plain
 from tersenet.packed import Sparse, Uniform, unpack
 
 FILES = small_files()
@@ -189,7 +190,7 @@ def test_very_sparse_weights_open_without_a_limit():
 
 
 def test_a_caller_may_allow_more_and_a_writer_refuses_what_its_reader_would(tmp_path, monkeypatch):
-    monkeypatch.setattr("tersenet.container.ALWAYS", 1 << 24)
+    monkeypatch.setattr("tersenet.header.ALWAYS", 1 << 24)
     artifact = Artifact({"w": Tensor(Uniform(np.zeros(5_000_000, np.int8), np.array(1, np.float32)))})
     with pytest.raises(FormatError, match="over the limit"):
         load(artifact.to_bytes())

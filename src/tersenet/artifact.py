@@ -1,4 +1,4 @@
-"""One safe file: names, trees and bytes; `docs/format.md` is its contract and container.py its grammar.
+"""One safe file: names, trees and bytes; `docs/format.md` is its contract.
 
 The ledger accounts for every byte.
 """
@@ -14,27 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tersenet.codecs.stream import FormatError
-from tersenet.container import (
-    CODED,
-    DTYPES,
-    FLOATS,
-    FORMATS,
-    POOLED,
-    STAND_IN,
-    Coding,
-    File,
-    Header,
-    Memory,
-    Section,
-    Source,
-    Tensor,
-    as_type,
-    decoded,
-    sections_of,
-    write,
-)
+from tersenet.container import CODED, DTYPES, FLOATS, FORMATS, POOLED, STAND_IN, Coding, Section, Tensor, as_type
+from tersenet.decoding import decoded, sections_of
+from tersenet.header import File, Header, Memory, Source
 from tersenet.packed import Array, Packed, Tree
 from tersenet.replacing import write_atomically
+from tersenet.writing import write
 
 CHUNK = 1 << 20  # values that are compared at a time
 __all__ = ["FLOATS", "Artifact", "Coding", "FormatError", "Section", "Tensor", "load"]

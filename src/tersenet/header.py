@@ -1,0 +1,360 @@
+"""How a file's header is read: nothing is trusted, and nothing allocated before every size is checked.
+
+Each size is held against what is left of the file and against the limit; `FormatError` is the only exception that bad
+bytes raise.
+"""
+
+import json
+import math
+import os
+import struct
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tersenet.codecs.stream import FormatError, Reader, unzigzag
+from tersenet.container import (
+    ALIAS,
+    ALWAYS,
+    ARRAY,
+    CEILING,
+    CODED,
+    DEFLATED,
+    DTYPES,
+    EXPANSION,
+    FLOATS,
+    FOOTER,
+    FORMATS,
+    HEADER_CAP,
+    IN_MEMORY,
+    INTEGERS,
+    KINDS,
+    LARGE,
+    MAGIC,
+    META_CAP,
+    NAME_CAP,
+    NODE,
+    NONE,
+    NOTES,
+    NUMBER,
+    POOLED,
+    PREAMBLE,
+    RANK_CAP,
+    REQUIRED,
+    SECTION_CAP,
+    STAND_IN,
+    TEXT,
+    VERSION,
+    WIDTH,
+    Tensor,
+    expanded,
+)
+from tersenet.packed import DEEPEST, Packed, parts_of
+
+KNOWN = frozenset[str]()  # required sections that this version understands
+MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of parts that do not belong together raises
+
+
+@dataclass(slots=True)
+class Promise:
+    """An array that is not decoded yet: what the header says of it and where its bytes are.
+
+    Where `codec` is POOLED it is part of the pool of its format, from the value `offset` on.
+    """
+
+    shape: tuple[int, ...]
+    form: int
+    codec: int
+    length: int
+    offset: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return IN_MEMORY[self.form]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Source:
+    """Random access to the file's bytes."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise TypeError("a source says how it is read")
+
+
+class Memory(Source):
+    def __init__(self, data: bytes) -> None:
+        self.data, self.size = data, len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.data[offset : offset + length]
+
+
+class File(Source):
+    def __init__(self, file: Any) -> None:
+        self.file, self.size = file, os.fstat(file.fileno()).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.file.seek(offset)
+        data: bytes = self.file.read(length)
+        return data
+
+
+@dataclass(slots=True)
+class SectionPlace:
+    """A section that is not read yet: whether it is required and deflated, its lengths, its place and its CRC-32."""
+
+    flags: int
+    plain: int
+    length: int
+    offset: int
+    check: int
+
+
+@dataclass(slots=True)
+class Entry:
+    """What the header says of a tensor's bytes: its arrays in the order of the file, CRC-32 of its own streams."""
+
+    promises: list[Promise]
+    check: int
+    header: int  # bytes of its part of the plain header
+
+
+@dataclass
+class Header:
+    tensors: dict[str, Tensor]
+    entries: dict[str, Entry]
+    pools: list[Promise]  # the small arrays of each format, as one
+    pools_check: int
+    meta: dict[str, Any]
+    sections: dict[str, SectionPlace]
+    plain: int
+    coded: int
+    needed: int  # bytes in memory once all is decoded and unpacked, and 8 for each integer of the longest stream
+    total: int
+
+    @staticmethod
+    def read(data: Source, limit: int | None) -> "Header":
+        if data.size < PREAMBLE + FOOTER:
+            raise FormatError("not a tersenet file: it is too short")
+        preamble = data.read(0, PREAMBLE)
+        if preamble[:5] != MAGIC:
+            raise FormatError("not a tersenet file: it does not begin with TERSE")
+        if preamble[5] > VERSION:
+            raise FormatError(f"the file has format version {preamble[5]}, newer than {VERSION}: update tersenet")
+        length, crc = struct.unpack("<II", preamble[6:])
+        if preamble[5] != VERSION or length > min(HEADER_CAP, data.size - PREAMBLE - FOOTER):
+            raise FormatError("the file is truncated or damaged in its first bytes")
+        coded = data.read(PREAMBLE, length)
+        if zlib.crc32(preamble[:10] + coded) != crc:
+            raise FormatError("the header is damaged: its checksum does not fit")
+        header = _parse(_plain(coded), PREAMBLE + length, length)
+        if header.total != data.size:
+            raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
+        usual = max(ALWAYS, min(CEILING, EXPANSION * data.size), LARGE * data.size)
+        allowed = usual if limit is None else limit
+        if header.needed > allowed:
+            raise FormatError(
+                f"the file would decode to {header.needed:,} bytes, over the limit of {allowed:,}:"
+                f" if you trust it, load(path, limit={header.needed})"
+            )
+        return header
+
+    def check_whole(self, data: Source) -> None:
+        check, at = 0, 0
+        while at < data.size - 4:
+            chunk = data.read(at, min(1 << 24, data.size - 4 - at))
+            if not chunk:
+                raise FormatError("the file ended while it was read")
+            check, at = zlib.crc32(chunk, check), at + len(chunk)
+        length, crc = struct.unpack("<QI", data.read(data.size - FOOTER, FOOTER))
+        if length != data.size or crc != check:
+            raise FormatError("the file is damaged: its checksum does not fit")
+
+
+def _plain(coded: bytes) -> bytes:
+    if coded[:1] == b"\0":
+        return coded[1:]
+    if coded[:1] != b"\1":
+        raise FormatError("the header is of an unknown kind")
+    expander = zlib.decompressobj(-15)
+    try:
+        plain = expander.decompress(coded[1:], expanded(len(coded) - 1))
+    except zlib.error:
+        raise FormatError("the header is damaged") from None
+    if not expander.eof or expander.unused_data:
+        raise FormatError("the header is damaged or expands too far")
+    return plain
+
+
+def _parse(plain: bytes, offset: int, coded: int) -> Header:
+    parser = _Parser(plain, offset)
+    count = parser.number()
+    if count > parser.left:
+        raise FormatError("the header says it has more tensors than it has bytes")
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Entry] = {}
+    order: list[str] = []
+    name = b""
+    for _ in range(count):
+        begin = parser.at
+        shared = parser.number(len(name) + 1)
+        name = name[:shared] + parser.take(parser.number(NAME_CAP + 1 - shared))
+        try:
+            text = name.decode()
+        except UnicodeDecodeError:
+            raise FormatError("a tensor's name is not UTF-8") from None
+        if text in tensors:
+            raise FormatError(f"two tensors are named {text!r}")
+        code = parser.byte()
+        if code == ALIAS:
+            at = parser.number()
+            if at >= len(order):
+                raise FormatError(f"{text}: tied to a tensor that is not there")
+            tensors[text], other = tensors[order[at]], entries[order[at]]
+            entries[text] = Entry(other.promises, other.check, parser.at - begin)
+        else:
+            tensors[text] = parser.tensor(text, code)
+            check = parser.take(4) if any(p.length for p in parser.promises) else bytes(4)
+            entries[text] = Entry(parser.promises, int.from_bytes(check, "little"), parser.at - begin)
+        order.append(text)
+    pools = parser.pools()
+    check = parser.take(4) if pools else bytes(4)
+    try:
+        meta = json.loads(parser.take(parser.number(META_CAP)) or b"{}")
+    except ValueError:
+        raise FormatError("the header's notes are not JSON") from None
+    sections = parser.sections() if parser.left else {}
+    if parser.left or not isinstance(meta, dict):
+        raise FormatError("the header is longer than its tensors")
+    sizes = len(plain), coded, parser.needed + 8 * parser.longest, parser.offset + FOOTER
+    return Header(tensors, entries, pools, int.from_bytes(check, "little"), meta, sections, *sizes)
+
+
+class _Parser(Reader):
+    """Reads trees. Streams lie back to back in the order of the header, small arrays in the pool of their format."""
+
+    def __init__(self, plain: bytes, offset: int) -> None:
+        super().__init__(plain)
+        self.offset, self.needed, self.longest = offset, 0, 0
+        self.promises: list[Promise] = []  # of the tensor that is read
+        self.pooled: Counter[int] = Counter()  # how many values the pool of each format holds
+        self.heads: dict[bytes, tuple[tuple[int, ...], int, int]] = {}  # of arrays that were read: shape, codec, size
+
+    def tensor(self, name: str, code: int) -> Tensor:
+        note, error = struct.unpack("<Be", self.take(3))
+        if code >= len(DTYPES) or note >= len(NOTES):
+            raise FormatError(f"{name}: unknown type or note")
+        self.promises = []
+        try:
+            tree = self.value(0, 0)
+            shape = tree.shape
+        except FormatError:
+            raise
+        except MISFIT as wrong:
+            raise FormatError(f"{name}: the tree does not fit together: {wrong}") from None
+        packed = isinstance(tree, Packed)
+        dtype = DTYPES[code]
+        fits = dtype in FLOATS if packed else str(tree.dtype) == STAND_IN.get(dtype, dtype)
+        if not fits or len(shape) > RANK_CAP:
+            raise FormatError(f"{name}: the tensor's type is not its array's")
+        if packed and dtype != "float32":  # unpacking makes float32 first
+            self.needed += max(4, WIDTH[dtype]) * math.prod(shape)
+        return Tensor(tree, dtype, NOTES[note], None if math.isnan(error) else error)
+
+    def value(self, depth: int, nodes: int) -> Any:
+        tag = self.byte()
+        if tag == ARRAY:
+            return self.array()
+        if tag >= NODE:
+            if tag - NODE >= len(KINDS):
+                raise FormatError("a tree has a node that this version does not know")
+            if nodes == DEEPEST:
+                raise FormatError(f"a tree is at most {DEEPEST} nodes deep")
+            kind = KINDS[tag - NODE]
+            node = kind(*[self.value(depth + 1, nodes + 1) for _ in parts_of(kind)])
+            node.check()
+            self.needed += 4 * math.prod(node.shape)
+            return node
+        if tag == NONE:
+            return None
+        if tag == NUMBER:
+            return unzigzag(self.number())
+        if tag == TEXT:
+            return self.take(self.number(1 << 10)).decode()
+        if depth > 8:
+            raise FormatError("a tree is too deep")
+        return tuple([self.value(depth + 1, nodes) for _ in range(self.number(min(256, self.left + 1)))])
+
+    def array(self) -> Promise:
+        begin = self.at
+        form, rank = self.data[begin], self.data[begin + 1]
+        head = self.data[begin : begin + 3 + rank]  # whole where every number of it takes one byte, as nearly all do
+        if head in self.heads:
+            self.at = begin + len(head)
+            shape, codec, size = self.heads[head]
+        else:
+            shape, codec, size = self.head()
+            if self.at == begin + len(head):
+                self.heads[head] = shape, codec, size
+        self.needed += size * IN_MEMORY[form].itemsize
+        if codec == POOLED:
+            promise = Promise(shape, form, codec, 0, self.pooled[form])
+            self.pooled[form] += size
+        else:
+            promise = Promise(shape, form, codec, self.number(), self.offset)
+            self.offset += promise.length
+            self.longest = max(self.longest, size * INTEGERS[form])
+        self.promises.append(promise)
+        return promise
+
+    def head(self) -> tuple[tuple[int, ...], int, int]:
+        form, rank = self.take(2)
+        if form >= len(FORMATS) or rank > RANK_CAP:
+            raise FormatError("an array has an unknown type or too many axes")
+        *axes, codec = [self.number() for _ in range(rank + 1)]
+        size = math.prod(axes)
+        if size >= 1 << 60 or (not size and math.prod([n or 1 for n in axes]) >= 1 << 60):
+            raise FormatError("an array has too many values")
+        if codec >= len(CODED) and codec != POOLED:
+            raise FormatError("an array has an unknown codec")
+        return tuple(axes), codec, size
+
+    def pools(self) -> list[Promise]:
+        found = []
+        for form, count in sorted(self.pooled.items()):
+            codec, length = self.byte(), self.number()
+            if codec >= len(CODED):
+                raise FormatError("an array has an unknown codec")
+            found.append(Promise((count,), form, codec, length, self.offset))
+            self.offset += length
+            self.longest = max(self.longest, count * INTEGERS[form])
+        return found
+
+    def sections(self) -> dict[str, SectionPlace]:
+        found: dict[str, SectionPlace] = {}
+        count = self.number(min(SECTION_CAP, self.left))
+        for _ in range(count):
+            try:
+                name = self.take(self.number(NAME_CAP)).decode()
+            except UnicodeDecodeError:
+                raise FormatError("a section's name is not UTF-8") from None
+            flags, plain, length = self.byte(), self.number(), self.number()
+            check = int.from_bytes(self.take(4), "little")
+            if name in found or flags > REQUIRED | DEFLATED or (not flags & DEFLATED and plain != length):
+                raise FormatError(f"the section {name!r} is named twice, or of an unknown kind")
+            if flags & REQUIRED and name not in KNOWN:
+                raise FormatError(f"the file needs its section {name!r} to be understood: update tersenet")
+            found[name] = SectionPlace(flags, plain, length, self.offset, check)
+            self.offset += length
+            self.needed += plain
+        if not found:
+            raise FormatError("the header is longer than its tensors")
+        return found
