@@ -8,7 +8,7 @@ from conftest import floats
 from tersenet import load
 from tersenet.artifact import Artifact, Tensor
 from tersenet.budget import Budget
-from tersenet.draft import Draft, twins
+from tersenet.draft import Draft
 from tersenet.methods.exact import exact
 from tersenet.packed import Codebook, Reshaped, Sparse, Uniform, check_tree, check_tree_values, map_arrays, unpack
 from tersenet.promise import compress
@@ -273,8 +273,11 @@ def test_twins_have_the_type_shape_and_bits_of_an_earlier_array():
         "scalar": np.array(3),
         "scalar again": np.array(3),
     }
-    assert twins(given) == {"b": "a", "strided": "a", "changed again": "changed", "nan again": "nan"}
-    assert twins({}) == {}
+    first: dict[int, str] = {}
+    found = {name: first.setdefault(id(tensor), name) for name, tensor in Draft.of_arrays(given).tensors.items()}
+    twins = {name: other for name, other in found.items() if name != other}
+    assert twins == {"b": "a", "strided": "a", "changed again": "changed", "nan again": "nan"}
+    assert Draft.of_arrays({}).tensors == {}
 
 
 def test_equal_arrays_of_a_checkpoint_are_stored_once():

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from typing import Any
@@ -77,12 +77,9 @@ class Draft:
         """
         state = {n: a for n, a in arrays.items() if hasattr(a, "dtype") or n.rpartition(".")[2] != "_extra_state"}
         tensors = _dense(state, lambda name, array: not _is_buffer(name, array))
-        equal = twins({name: np.asarray(tensor.tree) for name, tensor in tensors.items()})
-        alike = {
-            n: o for n, o in equal.items() if (tensors[n].dtype, tensors[n].note) == (tensors[o].dtype, tensors[o].note)
-        }
-        tensors = {name: tensors[alike.get(name, name)] for name in tensors}
-        return Draft(None, tensors, frozenset(name for name, tensor in tensors.items() if tensor.note == KEPT))
+        trainable = frozenset(name for name, tensor in tensors.items() if tensor.note == KEPT)
+        several = [name for name, tensor in tensors.items() if math.prod(tensor.tree.shape) > 1]
+        return Draft(None, tensors, trainable).tied(several)
 
     def weights(self) -> list[str]:
         """The names that methods may pack: trainable floats of two axes or more, not empty, tied ones once."""
@@ -110,6 +107,27 @@ class Draft:
         renewed = {id(self.tensors[n]): replace(self.tensors[n], note=note) for n, note in notes.items()}
         return replace(self, tensors={n: renewed.get(id(t), t) for n, t in self.tensors.items()})
 
+    def leaving(self, rules: Mapping[str, str]) -> "Draft":
+        """The draft whose named tensors, and those tied to them, no stage changes; each name has its rule's text."""
+        text = {id(self.tensors[name]): rule for name, rule in rules.items()}
+        left = {name: text[id(tensor)] for name, tensor in self.tensors.items() if id(tensor) in text}
+        return replace(self, left={**self.left, **left}, trainable=self.trainable - left.keys())
+
+    def tied(self, names: Iterable[str]) -> "Draft":
+        """The draft with those of the named tensors that are equal stored once, buffers apart from what is trained."""
+        seen: dict[tuple[Any, ...], list[Tensor]] = {}
+        made = dict(self.tensors)
+        for name in names:
+            tensor, raw = made[name], _raw(made[name].unpack())
+            kind = name in self.trainable, tensor.dtype, tensor.note, tensor.tree.shape, zlib.crc32(raw)
+            alike = seen.setdefault(kind, [])
+            twin = next((other for other in alike if np.array_equal(_raw(other.unpack()), raw)), None)
+            if twin is None:
+                alike.append(tensor)
+            else:
+                made[name] = twin
+        return replace(self, tensors=made)
+
     def module(self) -> nn.Module:
         """A copy of the module with the draft's weights in it."""
         if self.model is None:
@@ -127,7 +145,7 @@ class Draft:
 def artifact_of(draft: Draft, coding: Coding | None = None, original: Mapping[str, Tensor] | None = None) -> Artifact:
     """The draft's file; with the original tensors, the error of each that is packed or changed is measured and stored.
 
-    Where norms are folded the originals are taken folded alike (`stages.folding.refolded`).
+    Where norms are folded the originals are taken folded alike (`folding.refolded`).
     """
     done: dict[int, Tensor] = {}
     for name, tensor in draft.tensors.items():
@@ -161,27 +179,6 @@ def _dense(state: Mapping[str, Array], is_weight: Callable[[str, Array], bool]) 
             note = NOT_FINITE
         tensors[name] = Tensor(array.copy(), dtype, note)
     return tensors
-
-
-def twins(arrays: Mapping[str, Array]) -> dict[str, str]:
-    """Names of arrays with the type, shape and bits of an earlier one, and its name; empty and single values left out.
-
-    >>> twins({"a": np.ones(3), "b": np.ones(3), "c": np.zeros(3)})
-    {'b': 'a'}
-    """
-    found: dict[str, str] = {}
-    seen: dict[tuple[str, tuple[int, ...], int], list[str]] = {}
-    for name, array in arrays.items():
-        if array.size < 2:
-            continue
-        raw = _raw(array)
-        alike = seen.setdefault((array.dtype.str, array.shape, zlib.crc32(raw)), [])
-        twin = next((other for other in alike if np.array_equal(_raw(arrays[other]), raw)), None)
-        if twin is None:
-            alike.append(name)
-        else:
-            found[name] = twin
-    return found
 
 
 def _raw(array: Array) -> Array:

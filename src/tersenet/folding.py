@@ -10,7 +10,7 @@ taken yet; where it is another one, or of a transposed convolution, `Draft.folde
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from tersenet.structure import is_plain, refilled
 from tersenet.task import Task, one_thread
 from tersenet.tracing.feeding import STATISTICS, Pair, Reads
 
-__all__ = ["feeders", "folded", "folded_norms", "refolded", "tied", "untied"]
+__all__ = ["feeders", "folded", "folded_norms", "refolded", "untied"]
 
 BATCHES = 4  # of calibration inputs, on which it is seen who reads what
 ROUNDS = 8  # in each of which one fold is given up
@@ -64,17 +64,6 @@ def refolded(original: Mapping[str, Tensor], draft: Draft | Artifact) -> dict[st
             for name, values in (_moved(original, pair) | _constants(original, pair)).items():
                 changed[name] = replace(original[name], tree=_in_type(values, original[name].dtype))
     return changed
-
-
-def tied(draft: Draft, names: Iterable[str]) -> Draft:
-    """The draft with those of the named tensors that are equal stored once, buffers apart from what is trained."""
-    first: dict[tuple[Any, ...], Tensor] = {}
-    made = dict(draft.tensors)
-    for name in names:
-        tensor, array = made[name], made[name].unpack()
-        alike = (name in draft.trainable, tensor.dtype, tensor.note, array.shape, array.tobytes())
-        made[name] = first.setdefault(alike, tensor)
-    return replace(draft, tensors=made)
 
 
 def untied(draft: Draft) -> Draft:
@@ -147,7 +136,7 @@ def _applied(draft: Draft, pairs: Sequence[Pair]) -> Draft:
         constants += [name for name in (f"{pair.norm}.num_batches_tracked",) if name in draft.tensors]
         scaled = f"{pair.norm}.weight"
         marks[scaled if scaled in draft.tensors else f"{pair.norm}.running_var"] = FOLDED
-    after = tied(draft.with_trees(trees).with_notes(marks), constants)
+    after = draft.with_trees(trees).with_notes(marks).tied(constants)
     truth = {pair.norm: pair for pair in (*_pairs(draft.tensors, draft.folded).values(), *pairs)}
     told = dict(draft.folded)
     while wrong := [pair for pair in truth.values() if not pair.like(_pairs(after.tensors, told).get(pair.norm))]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tersenet.artifact import printable
@@ -13,7 +13,7 @@ from tersenet.methods import Method
 from tersenet.packed import Array
 from tersenet.promise import prepared
 from tersenet.run import Recipe, Stage
-from tersenet.strength import setting, with_budget
+from tersenet.strength import numbers, setting, with_budget
 from tersenet.task import Task
 from tersenet.where import Where, chosen, kinds
 
@@ -134,7 +134,7 @@ def _after(stage: Stage, draft: Draft, lines: Mapping[str, Line], before: bool) 
         for n in weights:
             rule, method = ruled.get(n, ("", stage.method))
             if method is not None:
-                left = {name: _least(method, name, getattr(lines[n], name)) for name in ("bits", "density")}
+                left = {part: min([getattr(lines[n], part), *numbers(method, part)]) for part in ("bits", "density")}
                 changed[n] = _does(lines[n], f"packed by {name} with {method}", rule, settled=before, **left)
             elif rule:
                 changed[n] = _does(lines[n], f"left out by {name}", rule)
@@ -155,13 +155,3 @@ def _after(stage: Stage, draft: Draft, lines: Mapping[str, Line], before: bool) 
 def _does(line: Line, what: str, rule: str = "", **changes: Any) -> Line:
     did = () if line.does == ("stays",) else line.does
     return replace(line, does=(*did, what), rule=rule or line.rule, **changes)
-
-
-def _least(value: Any, name: str, otherwise: float) -> float:
-    """The least number in fields of this name, wherever they are in a value."""
-    if isinstance(value, tuple):
-        return min((_least(part, name, otherwise) for part in value), default=otherwise)
-    if not is_dataclass(value):
-        return otherwise
-    own = getattr(value, name, otherwise)
-    return min([own, *(_least(getattr(value, f.name), name, otherwise) for f in fields(value))])

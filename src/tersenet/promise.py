@@ -25,10 +25,11 @@ from tersenet.packed import Array, Packed
 from tersenet.papers import output_aware
 from tersenet.run import Choice, Recipe, Result, cache_folder, run
 from tersenet.stages.pack import Pack
-from tersenet.strength import meeting, setting, with_budget
+from tersenet.strength import meeting, setting, waits, with_budget
 from tersenet.task import Task, duplicate, one_thread
 from tersenet.where import Where, kept
 
+PLAIN = Coding(("bits",))  # of the file that is measured: what is written must hold the same weights
 METRIC_BYTES = 24  # what the measured metric adds to a file, at most
 WIDTHS = {"float64": 8, "int64": 8, "uint64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}  # others count 4
 
@@ -73,30 +74,29 @@ def compress(
     before = task.score(task.test) if task and task.test is not None else None
     place = Path(folder) if folder else cache_folder()
 
-    def attempt(stages: Recipe) -> tuple[int, Draft]:
-        made = run(replace(draft, journal=Journal()), task, stages, place, _log)
-        return size_of(made), made
-
-    def size_of(made: Draft) -> int:
-        return artifact_of(made, coding).nbytes + ERROR * len(original)
-
     begin = draft
 
-    def quickly(stages: Recipe) -> int:
-        return size_of(functools.reduce(lambda made, stage: stage(made, task), stages, begin))
+    def attempt(stages: Recipe) -> Draft:
+        return run(replace(begin, journal=Journal()), task, stages, place, _log)
+
+    def sized(made: Draft) -> tuple[int, Draft]:
+        return artifact_of(made, coding).nbytes + ERROR * len(original), made
+
+    def quick_size(stages: Recipe) -> int:
+        return sized(functools.reduce(lambda made, stage: stage(made, task), stages, begin))[0]
 
     try:
         if budgeted is None and most is not None:
-            draft = meeting(recipe, max(1, most - extra), attempt, quickly)
+            draft = meeting(recipe, max(1, most - extra), lambda stages: sized(attempt(stages)), quick_size)
         else:
-            draft = attempt(budgeted or recipe)[1]
+            draft = attempt(budgeted or recipe)
     except UnmetBudget as wrong:
         raise UnmetBudget(wrong.most + extra, wrong.least + extra, wrong.why) from None
     artifact = artifact_of(draft, coding, refolded(original, draft))
     artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, **(notes or {})})
     after = None
     if task is not None and before is not None:
-        opened = _opened(artifact)
+        opened = _opened(Artifact(artifact.tensors, PLAIN, artifact.meta))
         after = _measured(opened, task)
         artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, "metric": round(after, 6)})
         _same(opened, _opened(artifact))
@@ -127,7 +127,7 @@ def prepared(
     if budget is None and recipe is None:
         budget = Budget(drop=0.5) if isinstance(source, Task) and source.train is not None else Budget(ratio=8)
     recipe = output_aware() if recipe is None else recipe
-    if budget is None and with_budget(recipe, Budget(ratio=8), None) is not None:
+    if budget is None and any(map(waits, recipe)):
         raise ValueError("a stage of this recipe waits for a budget: give a size, a ratio or a drop")
     return kept(draft, keep), (Pack(None, tuple(rules)), *recipe) if rules else recipe, budget
 

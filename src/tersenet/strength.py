@@ -21,7 +21,7 @@ Found = TypeVar("Found")
 
 def with_budget(recipe: Recipe, budget: Budget, coding: Coding | None) -> Recipe | None:
     """The recipe whose last stage that can takes the budget; None where none can."""
-    takes = [k for k, stage in enumerate(recipe) if _open(stage)]
+    takes = [k for k, stage in enumerate(recipe) if waits(stage)]
     if not takes:
         return None
     budgeted = replace(recipe[takes[-1]], budget=budget, coding=coding)  # type: ignore[type-var]
@@ -30,7 +30,7 @@ def with_budget(recipe: Recipe, budget: Budget, coding: Coding | None) -> Recipe
 
 def setting(recipe: Recipe) -> str:
     """The name of the setting that decides a recipe's size; raises ValueError where it has none."""
-    found = next((name for name in SETTINGS if any(_values(stage, name) for stage in _free(recipe))), None)
+    found = next((name for name in SETTINGS if any(numbers(stage, name) for stage in _free(recipe))), None)
     if found is None:
         stages = ", ".join(type(stage).__name__ for stage in recipe)
         raise ValueError(
@@ -114,19 +114,19 @@ def _free(recipe: Recipe) -> Recipe:
     return tuple(stage for stage in recipe if not hasattr(stage, "budget"))
 
 
-def _open(stage: Stage) -> bool:
+def waits(stage: Stage) -> bool:
     """Whether a stage waits for a budget."""
     return hasattr(stage, "budget") and stage.budget is None and getattr(stage, "c", None) is None
 
 
-def _values(value: Any, name: str) -> list[float]:
+def numbers(value: Any, name: str) -> list[float]:
     """The numbers in fields of this name, wherever they are in a value."""
     if isinstance(value, tuple | list):
-        return [found for part in value for found in _values(part, name)]
+        return [found for part in value for found in numbers(part, name)]
     if not is_dataclass(value) or isinstance(value, type):
         return []
     own = [getattr(value, f.name) for f in fields(value) if f.name == name]
-    below = [found for f in fields(value) for found in _values(getattr(value, f.name), name)]
+    below = [found for f in fields(value) for found in numbers(getattr(value, f.name), name)]
     return [v for v in own if isinstance(v, int | float)] + below
 
 

@@ -5,7 +5,7 @@ matches. A rule that decides about nothing is an error, since it is most likely 
 """
 
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -97,10 +97,8 @@ def kept(draft: Draft, patterns: Where | str | Iterable[Where | str]) -> Draft:
     """
     several = (patterns,) if isinstance(patterns, Where | str) else patterns
     found = _chosen(draft, [(pattern, None) for pattern in several], sorted(draft.trainable & draft.tensors.keys()))
-    rules = {id(draft.tensors[name]): rule for name, (rule, _) in found.items()}
-    left = {name: rules[id(tensor)] for name, tensor in draft.tensors.items() if id(tensor) in rules}
-    notes = {name: KEPT_BY_RULE for name in left if draft.tensors[name].note != FOLDED}
-    return replace(draft.with_notes(notes), left={**draft.left, **left}, trainable=draft.trainable - left.keys())
+    notes = {name: KEPT_BY_RULE for name in found if draft.tensors[name].note != FOLDED}
+    return draft.with_notes(notes).leaving({name: rule for name, (rule, _) in found.items()})
 
 
 def _chosen(

@@ -48,7 +48,7 @@ class Layerwise:
 
     @property
     def makes(self) -> tuple[Kind, ...]:
-        return made_by((self.method, *(method for _, method in self.rules)))
+        return made_by(self.method, self.rules)
 
     @property
     def refuses(self) -> Mapping[Kind, str]:

@@ -51,7 +51,7 @@ class Pack:
     def makes(self) -> tuple[Kind, ...]:
         if self.method is None:  # what is decided is in nobody's way
             return ()
-        return made_by((self.method, *(method for _, method in self.rules)))
+        return made_by(self.method, self.rules)
 
     @property
     def refuses(self) -> Mapping[Kind, str]:
@@ -67,9 +67,7 @@ def _decided(before: Draft, after: Draft) -> Draft:
     """The draft whose packed weights no later stage changes; their floats are rounded as far as that is harmless."""
     names = [n for n in after.rules if after.tensors[n].tree is not before.tensors[n].tree]
     rounded = after.with_trees({n: map_arrays(after.tensors[n].tree, _precise) for n in names})
-    rules = {id(rounded.tensors[n]): after.rules[n] for n in names}
-    left = {n: rules[id(t)] for n, t in rounded.tensors.items() if id(t) in rules}
-    return replace(rounded, left={**after.left, **left}, trainable=after.trainable - left.keys())
+    return rounded.leaving({n: after.rules[n] for n in names})
 
 
 def _precise(path: str, array: Array) -> Array:
@@ -79,9 +77,10 @@ def _precise(path: str, array: Array) -> Array:
 Choices = Mapping[str, tuple[str, Method | None]]  # of each weight: the text of the rule that decides, and the method
 
 
-def made_by(methods: Iterable[Method | None]) -> tuple[Kind, ...]:
-    """The kinds of nodes that methods make, as far as they say so."""
-    return tuple(dict.fromkeys(kind for method in methods for kind in getattr(method, "makes", ())))
+def made_by(method: Method | None, rules: Iterable[tuple[object, Method | None]]) -> tuple[Kind, ...]:
+    """The kinds of nodes that a method and those of rules make, as far as they say so."""
+    methods = (method, *(other for _, other in rules))
+    return tuple(dict.fromkeys(kind for one in methods for kind in getattr(one, "makes", ())))
 
 
 def refused_by(method: Method | None, rules: Sequence[object]) -> Mapping[Kind, str]:

@@ -38,6 +38,7 @@ FALL = 5  # by experience: the difference falls with about this power of the siz
 CLEARLY = 0.75  # by so much less a file made without moments must err: held back inputs are few
 ALIKE = 0.5  # of the outputs' variation, the most that may be lost, whatever the metric says
 MANY = 1 << 20  # weights from which on files are made with one price of a bit alone, to save time
+NAME = "search"  # under which the journal keeps what was tried
 LOOSE = 0.8  # files that use less of the budget are looked at again
 
 
@@ -55,16 +56,15 @@ class Search:
     tried: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(most: int, coding: Coding, journal: Journal, name: str = "search") -> "Search":
-        """The search with what was tried under its name before."""
-        known = journal.kept(name)
-        return Search(most, coding, journal, tried={"name": name} if known is None else json.loads(known))
+    def of(most: int, coding: Coding, journal: Journal) -> "Search":
+        """The search with what was tried before the run was stopped."""
+        return Search(most, coding, journal, tried=json.loads(journal.kept(NAME) or b"{}"))
 
     def once(self, label: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, made once: numbers, texts, and lists and dicts of them."""
         if label not in self.tried:
             self.tried[label] = make()
-            self.journal.keep(self.tried.get("name", "search"), json.dumps(self.tried).encode())
+            self.journal.keep(NAME, json.dumps(self.tried).encode())
         return self.tried[label]
 
     def finest(
@@ -74,7 +74,9 @@ class Search:
         drafts: dict[float, Draft] = {}
 
         def made(c: float) -> Draft:
-            return drafts.setdefault(c, drafts[c] if c in drafts else waterfilling.at(c, rate))
+            if c not in drafts:
+                drafts[c] = waterfilling.at(c, rate)
+            return drafts[c]
 
         def size_at(c: float) -> int:
             size: int = self.once(f"{label}: {c!r}", lambda: artifact_of(made(c), self.coding).nbytes + errors)
