@@ -15,7 +15,7 @@ MAY = {
     "codecs": "native", "container": "packed codecs cores", "header": "container packed codecs",
     "decoding": "container header packed codecs", "writing": "container packed codecs",
     "norms": "container", "artifact": "container header decoding writing packed codecs norms replacing realise",
-    "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
+    "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal", "journal": "replacing", "replacing": "",
     "run": "contract draft task artifact journal key origins data",

@@ -45,6 +45,7 @@ from pydantic import (
 from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.methods import Chain, Method
 from tersenet.methods.kmeans import KMeans
+from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
 from tersenet.methods.surgeon import SparseGPT
 from tersenet.methods.transform import KernelDCT
@@ -52,7 +53,7 @@ from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
 from tersenet.run import Recipe
 from tersenet.stages.channels import Channels, DropDead, SearchChannels
-from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
@@ -69,6 +70,7 @@ STAGES: dict[str, type] = {
     "waterfill": Waterfill,
     "retrain": Retrain,
     "obs": OBS,
+    "distill": Distill,
     "train-levels": TrainLevels,
     "channels": Channels,
     "search-channels": SearchChannels,
@@ -77,6 +79,7 @@ STAGES: dict[str, type] = {
 METHODS: dict[str, type] = {
     "magnitude": Magnitude,
     "kmeans": KMeans,
+    "product": Product,
     "uniform": Uniform,
     "kernel-dct": KernelDCT,
     "sparsegpt": SparseGPT,
