@@ -148,4 +148,13 @@ TERSE_API int64_t terse_surgeon(double *w, double *inverse, int64_t n, int64_t c
 #define TERSE_NEAREST 32
 TERSE_API int64_t terse_nearest(const float *vectors, int64_t n, int32_t d, const float *codewords, int32_t blocks,
                                 int32_t *index);
+
+/* hashing.py: a Bloomier filter of (windows + 2) * length cells of `bits` (1..16), whose three cells for a key lie in three
+ * segments in a row. Building needs room for three numbers a cell, and fails with TERSE_EDATA where another seed is needed;
+ * a query gives the values of the keys from `first` on, those of keys that were not given too. */
+TERSE_API int64_t terse_bloomier_build(const int64_t *keys, const uint16_t *values, int64_t n, int64_t seed, int64_t length,
+                                       int64_t windows, int32_t bits, uint16_t *cells, uint32_t *degree, uint32_t *alone,
+                                       uint32_t *queue);
+TERSE_API int64_t terse_bloomier_query(const uint16_t *cells, int64_t first, int64_t n, int64_t seed, int64_t length,
+                                       int64_t windows, int32_t bits, uint16_t *out);
 #endif

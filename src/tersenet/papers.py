@@ -18,6 +18,7 @@ from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
 from tersenet.stages.waterfill import Waterfill
+from tersenet.stages.weightless import Weightless
 
 
 def output_aware(budget: Budget | None = None, samples: int = 1024) -> Recipe:
@@ -123,6 +124,20 @@ def bit_goes_down(
     )
 
 
+def weightless(
+    density: float = 0.05, bits: int = 3, cells: int = 8, rounds: int = 5, epochs: int = 1, seed: int = 0
+) -> Recipe:
+    """Weightless (Reagen et al. 2018): pruned and clustered layers in Bloomier filters, retrained around what they err.
+
+    `density` of the weights survives and shares 2^`bits` values for each layer; filters have `cells` bits a cell.
+    """
+    return (
+        Prune(density, rounds, epochs, final=2 * epochs, seed=seed),
+        Weightless(bits, cells, tune=epochs, seed=seed),
+        Narrow(),
+    )
+
+
 def _rounds(density: float) -> int:
     if not 0 < density <= 1:
         raise ValueError(f"a density is in (0, 1], not {density}")
@@ -140,4 +155,5 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "sparsegpt": sparsegpt,
     "amc": amc,
     "bit-goes-down": bit_goes_down,
+    "weightless": weightless,
 }

@@ -59,6 +59,7 @@ from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
 from tersenet.stages.waterfill import Waterfill
+from tersenet.stages.weightless import Weightless
 from tersenet.where import Where
 
 STAGES: dict[str, type] = {
@@ -71,6 +72,7 @@ STAGES: dict[str, type] = {
     "retrain": Retrain,
     "obs": OBS,
     "distill": Distill,
+    "weightless": Weightless,
     "train-levels": TrainLevels,
     "channels": Channels,
     "search-channels": SearchChannels,
