@@ -28,6 +28,7 @@ from tersenet.run import run
 from tersenet.stages.channels import Channels, DropDead, Plan, SearchChannels
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.layerwise import Layerwise
+from tersenet.stages.levels import MLQ, SLQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
@@ -124,6 +125,8 @@ WORK = {
     "layerwise": (Layerwise(Uniform(5), samples=64), Layerwise(None, samples=64)),
     "finetune": (Finetune(1, lr=0.01), Finetune(0)),
     "distill": (Distill(1), Distill(0)),
+    "slq": (SLQ(3, 2), None),
+    "mlq": (MLQ(2, 2), None),
     "weightless": (Weightless(2, 6), None),
     "train-levels": (TrainLevels(1), TrainLevels(0)),
     "narrow": (Narrow(), Narrow()),

@@ -14,6 +14,7 @@ from tersenet.run import Recipe, Stage
 from tersenet.stages.channels import SearchChannels
 from tersenet.stages.finetune import Distill, Finetune
 from tersenet.stages.layerwise import Layerwise
+from tersenet.stages.levels import MLQ, SLQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
@@ -124,6 +125,16 @@ def bit_goes_down(
     )
 
 
+def slq(bits: int = 5, rounds: int = 5, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Single-level quantization (Xu et al. 2018): 2^(bits - 1) + 1 values a layer, those that lose most first."""
+    return SLQ(bits, rounds, epochs, seed), Narrow()
+
+
+def mlq(rounds: int = 2, groups: int = 4, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Multi-level quantization (Xu et al. 2018): three values a layer, by parts of clusters and groups of layers."""
+    return MLQ(rounds, groups, epochs, seed), Narrow()
+
+
 def weightless(
     density: float = 0.05, bits: int = 3, cells: int = 8, rounds: int = 5, epochs: int = 1, seed: int = 0
 ) -> Recipe:
@@ -155,5 +166,7 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "sparsegpt": sparsegpt,
     "amc": amc,
     "bit-goes-down": bit_goes_down,
+    "slq": slq,
+    "mlq": mlq,
     "weightless": weightless,
 }

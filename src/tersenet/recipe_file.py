@@ -55,6 +55,7 @@ from tersenet.run import Recipe
 from tersenet.stages.channels import Channels, DropDead, SearchChannels
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.layerwise import Layerwise
+from tersenet.stages.levels import MLQ, SLQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
@@ -72,6 +73,8 @@ STAGES: dict[str, type] = {
     "retrain": Retrain,
     "obs": OBS,
     "distill": Distill,
+    "slq": SLQ,
+    "mlq": MLQ,
     "weightless": Weightless,
     "train-levels": TrainLevels,
     "channels": Channels,

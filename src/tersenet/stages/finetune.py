@@ -28,20 +28,31 @@ from tersenet.data import Stream, split_of
 from tersenet.draft import Draft
 from tersenet.norms import FOLDED, folded_norms
 from tersenet.packed import Codebook, Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
-from tersenet.structure import is_plain, refilled
+from tersenet.structure import is_plain, refilled, support
 from tersenet.task import Schedule, Task, Teacher, duplicate, one_thread, progress
 
 
 def tune(
-    draft: Draft, task: Task, schedule: Schedule, epochs: range, seed: int, label: str = "tuning", mean: bool = False
+    draft: Draft,
+    task: Task,
+    schedule: Schedule,
+    epochs: range,
+    seed: int,
+    label: str = "tuning",
+    mean: bool = False,
+    held: Mapping[str, Any] | None = None,
 ) -> Draft:
     """The draft with its trainable float leaves, biases and norms trained over `epochs` of the schedule.
 
     Buffers such as BatchNorm's running statistics follow, as in any training, but those of folded norms. What has
-    `requires_grad` False is left as it is. With `mean` the gradient of a codeword is the mean of its members'. Raises
-    ValueError where the loss stops being a number.
+    `requires_grad` False is left as it is. With `mean` the gradient of a codeword is the mean of its members'. Places
+    of plain weights where a mask in `held`, by name, is set keep their bits. Raises ValueError where the loss stops
+    being a number.
     """
-    network = _Shared(draft, task.device) if mean else _Network(draft, task.device)
+    if held is None:
+        network = _Shared(draft, task.device) if mean else _Network(draft, task.device)
+    else:
+        network = _Partly(draft, task.device, held)
     return _trained(network, task, schedule, epochs, seed, label)
 
 
@@ -281,6 +292,42 @@ class _Shared(_Network):
             count = torch.bincount(made.index.reshape(-1).long(), minlength=len(made.codewords)).clamp(min=1)
             made.codewords.register_hook(lambda gradient: gradient / count[:, None])
         return made
+
+
+class _Partly(_Network):
+    """The same with places of plain weights held, by name."""
+
+    def __init__(self, draft: Draft, device: str, held: Mapping[str, Any]) -> None:
+        self.free = {id(draft.tensors[name].tree): ~np.asarray(mask) for name, mask in held.items()}
+        super().__init__(draft, device)
+
+    def _tree(self, tree: Tree) -> Tree:
+        free = self.free.get(id(tree))
+        if free is None:
+            return super()._tree(tree)
+        dense = np.asarray(unpack(tree))
+        stays = free & support(tree)
+        return _Held(self._held("", stays), self._leaf("", dense[stays]), self._held("", dense), tree)
+
+    def _arrays(self, tree: Tree) -> Tree:
+        return refilled(tree.before, _numpy(tree.unpack())) if isinstance(tree, _Held) else super()._arrays(tree)
+
+
+@dataclass(frozen=True, eq=False)
+class _Held(Packed):
+    """Values where the mask is set, those of `dense` elsewhere; `before` is the tree that they stand for."""
+
+    mask: torch.Tensor
+    values: torch.Tensor
+    dense: torch.Tensor
+    before: Tree
+
+    def unpack(self) -> torch.Tensor:
+        return self.dense.masked_scatter(self.mask, self.values)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.dense.shape)
 
 
 class _Levels(_Network):
