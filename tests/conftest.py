@@ -14,7 +14,18 @@ from tersenet.artifact import Artifact, Coding, Section, Tensor
 from tersenet.bloomier import built
 from tersenet.codecs import CODECS
 from tersenet.codecs.trellis import NEXT
-from tersenet.packed import Bloomier, Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform
+from tersenet.packed import (
+    Bloomier,
+    Codebook,
+    Factored,
+    Hashed,
+    Lattice,
+    Reshaped,
+    Sliced,
+    Sparse,
+    Transformed,
+    Uniform,
+)
 
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -86,6 +97,8 @@ def trees():
         "Sliced": Sliced(np.array([0, 2, 5], np.uint8), floats(4, 3), 1, 7),
         "Factored": Factored("or,ri->oi", (floats(6, 2), Uniform(np.ones((2, 5), np.int8), scale)), (6, 5)),
         "Transformed": Transformed(Uniform(levels, scale, None, steps)),
+        "Lattice": Lattice(Codebook(np.arange(8, dtype=np.uint8) % 3, floats(3, 2)), -35, 7, 2, (3, 5)),
+        "Hashed": Hashed(floats(9), 11, (4, 5)),
         "Bloomier": Bloomier(*bloomier(rng), (6, 20)),
         "Reshaped": Reshaped(Uniform(levels, floats(4, 1, 1, 1)), (2, 3, 2, 3, 3), (0, 2, 1, 3, 4), (6, 2, 3, 3)),
     }

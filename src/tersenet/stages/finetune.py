@@ -360,19 +360,27 @@ def _rebuilt(tree: Packed, change: Callable[[Tree], Tree]) -> Packed:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Train what the trees leave free. Without `lr`, at a hundredth of the task's learning rate."""
+    """Train what the trees leave free. Without `lr`, at a hundredth of the task's learning rate.
+
+    The gradient of a codeword is the "sum" over its members, or the "mean".
+    """
 
     epochs: int = 2
     lr: float | None = None
     seed: int = 0
+    gradient: str = "sum"
     requires: ClassVar[Mapping[Kind, str]] = {DATA: "trains the network: give a Task with training data"}
+
+    def __post_init__(self) -> None:
+        if self.gradient not in ("sum", "mean"):
+            raise ValueError("the gradient of a codeword is the 'sum' over its members, or the 'mean'")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
         assert task is not None
         rate = task.schedule.lr / 100 if self.lr is None else self.lr
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=rate, drops=(0.5,), weight_decay=0.0)
-        return tune(draft, task, schedule, range(self.epochs), self.seed)
+        return tune(draft, task, schedule, range(self.epochs), self.seed, mean=self.gradient == "mean")
 
 
 @dataclass(frozen=True)
