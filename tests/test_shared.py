@@ -1,15 +1,23 @@
 """Arrays that several trees share: stored once, shared again after loading, kept or split by what rewrites trees."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from conftest import floats
 from test_artifact import parts, rebuilt
 
+import tersenet as tn
 from tersenet import FormatError, load
 from tersenet.artifact import Artifact, Tensor
 from tersenet.codecs.stream import put_number
 from tersenet.container import SHARED, SMALL
+from tersenet.draft import Draft, artifact_of
 from tersenet.packed import Codebook, Sparse, Uniform
+from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.pack import Narrow
+from tersenet.structure import taken
 
 
 def indices(rows, columns, seed, k=256):
@@ -86,3 +94,44 @@ def test_an_array_that_is_used_often_counts_as_often():
     assert many.nbytes < 1 << 16
     with pytest.raises(FormatError, match="over the limit"):
         load(many.to_bytes())
+
+
+def network():
+    """Two layers of one codebook, a third of levels, and the task that they learn."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    task = tn.Task(model, train=(x, (x[:, 0] > 0).long()), schedule=tn.Schedule(epochs=1, lr=0.5, batch=64))
+    codewords = floats(5, 2, seed=4)
+    trees = {f"{k}.weight": Codebook(indices(8, 4, k, 5), codewords) for k in (0, 2)}
+    levels = np.random.default_rng(1).integers(-3, 4, (4, 8)).astype(np.int8)
+    return Draft.of_model(model).with_trees(trees | {"3.weight": Uniform(levels, np.array(0.1, np.float32))}), task
+
+
+def shared_codewords(draft):
+    assert draft.tensors["0.weight"].tree.codewords is draft.tensors["2.weight"].tree.codewords
+    return draft.tensors["0.weight"].tree.codewords
+
+
+def test_training_moves_a_shared_codebook_once_by_the_sum_of_its_gradients():
+    draft, task = network()
+    before = shared_codewords(draft)
+    moved = shared_codewords(Finetune(1, lr=0.5)(draft, task)) - before
+    apart = draft.tensors["2.weight"].tree
+    apart = draft.with_trees({"2.weight": Codebook(apart.index, apart.codewords.copy())})
+    ways = [Finetune(1, lr=0.5)(apart, task).tensors[f"{k}.weight"].tree.codewords - before for k in (0, 2)]
+    assert np.abs(ways[0]).max() > 1e-4 and np.abs(ways[1]).max() > 1e-4
+    assert np.allclose(moved, ways[0] + ways[1], atol=1e-6)  # one step of plain descent
+
+
+def test_what_rewrites_trees_keeps_arrays_shared_down_to_the_file():
+    draft, task = network()
+    trained = TrainLevels(1)(Finetune(1)(draft, task), task)
+    narrow = shared_codewords(Narrow()(trained, None))
+    assert np.array_equal(narrow, shared_codewords(trained).astype(np.float16).astype(np.float32))
+    file = load(artifact_of(Narrow()(trained, None)).to_bytes())
+    assert file["0.weight"].codewords is file["2.weight"].codewords
+    part = taken(file["0.weight"], 0, np.arange(3))
+    assert part.codewords is file["2.weight"].codewords and part.shape == (3, 8)
+    other = replace(file.tensors["0.weight"], tree=Codebook(part.index, part.codewords + 1))
+    assert np.array_equal(file["2.weight"].codewords, narrow) and other.tree.codewords is not narrow

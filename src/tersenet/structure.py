@@ -4,7 +4,7 @@ A tree is plain where its values are floats by themselves: an array under any ne
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,18 @@ def is_plain(tree: Tree) -> bool:
     if isinstance(tree, Sparse):
         return is_plain(tree.values)
     return is_plain(tree.child) if isinstance(tree, Sliced | Reshaped) else not isinstance(tree, Packed)
+
+
+def once(change: Callable[[str, Array], Array]) -> Callable[[str, Array], Array]:
+    """A change for `map_arrays` that is made once of an array: trees that share it share what becomes of it."""
+    made: dict[int, tuple[Array, Array]] = {}  # the array too, so that its id stays its own
+
+    def shared(path: str, array: Array) -> Array:
+        if id(array) not in made:
+            made[id(array)] = array, change(path, array)
+        return made[id(array)][1]
+
+    return shared
 
 
 def support(tree: Tree) -> Array:

@@ -24,7 +24,7 @@ from tersenet.packed import (
     unpack,
 )
 from tersenet.statistics import packed, statistics
-from tersenet.structure import is_plain, refilled
+from tersenet.structure import is_plain, once, refilled
 from tersenet.task import Task
 from tersenet.where import Where, chosen
 
@@ -66,7 +66,8 @@ class Pack:
 def _decided(before: Draft, after: Draft) -> Draft:
     """The draft whose packed weights no later stage changes; their floats are rounded as far as that is harmless."""
     names = [n for n in after.rules if after.tensors[n].tree is not before.tensors[n].tree]
-    rounded = after.with_trees({n: map_arrays(after.tensors[n].tree, _precise) for n in names})
+    precisely = once(_precise)
+    rounded = after.with_trees({n: map_arrays(after.tensors[n].tree, precisely) for n in names})
     return rounded.leaving({n: after.rules[n] for n in names})
 
 
@@ -147,10 +148,10 @@ class Narrow:
             raise ValueError("Narrow takes float16 or bfloat16")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        renewed: dict[int, Tensor] = {}
+        renewed, rounded = dict[int, Tensor](), once(lambda _, array: round_leaves(array, self.dtype))
         for name, tensor in draft.tensors.items():
             if name in draft.trainable and tensor.dtype == "float32":
-                tree = round_leaves(tensor.tree, self.dtype)
+                tree = map_arrays(tensor.tree, rounded)
                 if len(tensor.tree.shape) < 2 and is_plain(tensor.tree):
                     tree = refilled(tensor.tree, precise(unpack(tensor.tree), self.dtype))
                 if not all(np.isfinite(np.asarray(leaf)).all() for leaf in float_leaves(tree).values()):
