@@ -65,7 +65,8 @@ class Layerwise:
             draft = repacked(draft, task, {name: choices[name]}, self.samples, self.seed)
             if self.tune and k + 1 < len(names):
                 draft = self._tuned(draft, task, name)
-        return draft
+        vectors = {name: choice for name, choice in choices.items() if name not in names}
+        return repacked(draft, task, vectors, self.samples, self.seed)
 
     def _tuned(self, draft: Draft, task: Task, name: str) -> Draft:
         """The draft with all that is not packed tuned."""
