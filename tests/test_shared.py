@@ -15,7 +15,7 @@ from tersenet.codecs.stream import put_number
 from tersenet.container import SHARED, SMALL
 from tersenet.draft import Draft, artifact_of
 from tersenet.packed import Codebook, Sparse, Uniform
-from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.finetune import Finetune, TrainLevels, tune
 from tersenet.stages.pack import Narrow
 from tersenet.structure import taken
 
@@ -135,3 +135,14 @@ def test_what_rewrites_trees_keeps_arrays_shared_down_to_the_file():
     assert part.codewords is file["2.weight"].codewords and part.shape == (3, 8)
     other = replace(file.tensors["0.weight"], tree=Codebook(part.index, part.codewords + 1))
     assert np.array_equal(file["2.weight"].codewords, narrow) and other.tree.codewords is not narrow
+
+
+def test_a_shared_codebook_moves_by_the_mean_over_the_members_of_all_trees():
+    draft, task = network()
+    before = shared_codewords(draft)
+    schedule = tn.Schedule(epochs=1, lr=0.5, batch=64)
+    summed, mean = (
+        shared_codewords(tune(draft, task, schedule, range(1), 0, mean=way)) - before for way in (False, True)
+    )
+    members = sum(np.bincount(draft.tensors[f"{k}.weight"].tree.index.reshape(-1), minlength=5) for k in (0, 2))
+    assert np.allclose(mean, summed / members[:, None], atol=1e-7) and np.abs(mean).max() > 1e-6
