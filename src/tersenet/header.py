@@ -23,6 +23,7 @@ from tersenet.container import (
     CEILING,
     CODED,
     DEFLATED,
+    DICTIONARY,
     DTYPES,
     EXPANSION,
     FLOATS,
@@ -45,12 +46,17 @@ from tersenet.container import (
     RANK_CAP,
     REQUIRED,
     SECTION_CAP,
+    SHARED,
+    SMALL,
+    SMALL_FOOTER,
+    SMALL_VERSION,
     STAND_IN,
     TEXT,
     VERSION,
     WIDTH,
     Tensor,
     expanded,
+    inflated,
 )
 from tersenet.packed import DEEPEST, Packed, parts_of
 
@@ -62,9 +68,11 @@ MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of p
 class Promise:
     """An array that is not decoded yet: what the header says of it and where its bytes are.
 
-    Where `codec` is POOLED it is part of the pool of its format, from the value `offset` on.
+    Where `codec` is POOLED it is part of the pool of its format, from the value `offset` on; else its bytes are among
+    those of the tensor `owner`, the first that holds it.
     """
 
+    owner: str
     shape: tuple[int, ...]
     form: int
     codec: int
@@ -115,15 +123,15 @@ class SectionPlace:
     plain: int
     length: int
     offset: int
-    check: int
+    check: int | None
 
 
 @dataclass(slots=True)
 class Entry:
-    """What the header says of a tensor's bytes: its arrays in the order of the file, CRC-32 of its own streams."""
+    """What the header says of a tensor's bytes: its arrays in the order of its tree, CRC-32 of its own streams."""
 
     promises: list[Promise]
-    check: int
+    check: int | None  # None where they were checked with the whole file
     header: int  # bytes of its part of the plain header
 
 
@@ -132,30 +140,25 @@ class Header:
     tensors: dict[str, Tensor]
     entries: dict[str, Entry]
     pools: list[Promise]  # the small arrays of each format, as one
-    pools_check: int
+    pools_check: int | None
     meta: dict[str, Any]
     sections: dict[str, SectionPlace]
     plain: int
     coded: int
     needed: int  # bytes in memory once all is decoded and unpacked, and 8 for each integer of the longest stream
     total: int
+    small: bool  # the whole file was checked when its header was read
 
     @staticmethod
     def read(data: Source, limit: int | None) -> "Header":
-        if data.size < PREAMBLE + FOOTER:
-            raise FormatError("not a tersenet file: it is too short")
         preamble = data.read(0, PREAMBLE)
+        if len(preamble) <= 2 * len(MAGIC):
+            raise FormatError("not a tersenet file: it is too short")
         if preamble[:5] != MAGIC:
             raise FormatError("not a tersenet file: it does not begin with TERSE")
-        if preamble[5] > VERSION:
-            raise FormatError(f"the file has format version {preamble[5]}, newer than {VERSION}: update tersenet")
-        length, crc = struct.unpack("<II", preamble[6:])
-        if preamble[5] != VERSION or length > min(HEADER_CAP, data.size - PREAMBLE - FOOTER):
-            raise FormatError("the file is truncated or damaged in its first bytes")
-        coded = data.read(PREAMBLE, length)
-        if zlib.crc32(preamble[:10] + coded) != crc:
-            raise FormatError("the header is damaged: its checksum does not fit")
-        header = _parse(_plain(coded), PREAMBLE + length, length)
+        if preamble[5] > SMALL_VERSION:
+            raise FormatError(f"the file has format version {preamble[5]}, newer than {SMALL_VERSION}: update tersenet")
+        header = _small(data) if preamble[5] == SMALL_VERSION else _large(data, preamble)
         if header.total != data.size:
             raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
         usual = max(ALWAYS, min(CEILING, EXPANSION * data.size), LARGE * data.size)
@@ -168,6 +171,8 @@ class Header:
         return header
 
     def check_whole(self, data: Source) -> None:
+        if self.small:
+            return
         check, at = 0, 0
         while at < data.size - 4:
             chunk = data.read(at, min(1 << 24, data.size - 4 - at))
@@ -179,23 +184,37 @@ class Header:
             raise FormatError("the file is damaged: its checksum does not fit")
 
 
+def _large(data: Source, preamble: bytes) -> Header:
+    length, crc = struct.unpack("<II", preamble[6:].ljust(8, b"\xff"))
+    if preamble[5] != VERSION or length > min(HEADER_CAP, data.size - PREAMBLE - FOOTER):
+        raise FormatError("the file is truncated or damaged in its first bytes")
+    coded = data.read(PREAMBLE, length)
+    if zlib.crc32(preamble[:10] + coded) != crc:
+        raise FormatError("the header is damaged: its checksum does not fit")
+    return _parse(_plain(coded), PREAMBLE + length, length, False)
+
+
+def _small(data: Source) -> Header:
+    if data.size > SMALL:
+        raise FormatError("the file is damaged or has bytes added: it is larger than a small file")
+    whole = data.read(0, data.size)
+    if zlib.crc32(whole[:-SMALL_FOOTER]) != int.from_bytes(whole[-SMALL_FOOTER:], "little"):
+        raise FormatError("the file is truncated, damaged or has bytes added: its checksum does not fit")
+    reader = Reader(whole[:-SMALL_FOOTER], len(MAGIC) + 1)
+    coded = reader.take(reader.number())
+    return _parse(inflated(coded, expanded(len(coded)), DICTIONARY), reader.at, len(coded), True)
+
+
 def _plain(coded: bytes) -> bytes:
     if coded[:1] == b"\0":
         return coded[1:]
     if coded[:1] != b"\1":
         raise FormatError("the header is of an unknown kind")
-    expander = zlib.decompressobj(-15)
-    try:
-        plain = expander.decompress(coded[1:], expanded(len(coded) - 1))
-    except zlib.error:
-        raise FormatError("the header is damaged") from None
-    if not expander.eof or expander.unused_data:
-        raise FormatError("the header is damaged or expands too far")
-    return plain
+    return inflated(coded[1:], expanded(len(coded) - 1))
 
 
-def _parse(plain: bytes, offset: int, coded: int) -> Header:
-    parser = _Parser(plain, offset)
+def _parse(plain: bytes, offset: int, coded: int, small: bool) -> Header:
+    parser = _Parser(plain, offset, small)
     count = parser.number()
     if count > parser.left:
         raise FormatError("the header says it has more tensors than it has bytes")
@@ -222,11 +241,11 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
             entries[text] = Entry(other.promises, other.check, parser.at - begin)
         else:
             tensors[text] = parser.tensor(text, code)
-            check = parser.take(4) if any(p.length for p in parser.promises) else bytes(4)
-            entries[text] = Entry(parser.promises, int.from_bytes(check, "little"), parser.at - begin)
+            check = parser.check(any(p.length for p in parser.promises if p.owner == text))
+            entries[text] = Entry(parser.promises, check, parser.at - begin)
         order.append(text)
     pools = parser.pools()
-    check = parser.take(4) if pools else bytes(4)
+    check = parser.check(bool(pools))
     try:
         meta = json.loads(parser.take(parser.number(META_CAP)) or b"{}")
     except ValueError:
@@ -234,17 +253,19 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
     sections = parser.sections() if parser.left else {}
     if parser.left or not isinstance(meta, dict):
         raise FormatError("the header is longer than its tensors")
-    sizes = len(plain), coded, parser.needed + 8 * parser.longest, parser.offset + FOOTER
-    return Header(tensors, entries, pools, int.from_bytes(check, "little"), meta, sections, *sizes)
+    total = parser.offset + (SMALL_FOOTER if small else FOOTER)
+    sizes = len(plain), coded, parser.needed + 8 * parser.longest, total
+    return Header(tensors, entries, pools, check, meta, sections, *sizes, small)
 
 
 class _Parser(Reader):
     """Reads trees. Streams lie back to back in the order of the header, small arrays in the pool of their format."""
 
-    def __init__(self, plain: bytes, offset: int) -> None:
+    def __init__(self, plain: bytes, offset: int, small: bool) -> None:
         super().__init__(plain)
-        self.offset, self.needed, self.longest = offset, 0, 0
-        self.promises: list[Promise] = []  # of the tensor that is read
+        self.offset, self.small, self.needed, self.longest = offset, small, 0, 0
+        self.name, self.promises = "", list[Promise]()  # of the tensor that is read
+        self.described: list[Promise] = []  # all arrays of the file, each once
         self.pooled: Counter[int] = Counter()  # how many values the pool of each format holds
         self.heads: dict[bytes, tuple[tuple[int, ...], int, int]] = {}  # of arrays that were read: shape, codec, size
 
@@ -252,7 +273,7 @@ class _Parser(Reader):
         note, error = struct.unpack("<Be", self.take(3))
         if code >= len(DTYPES) or note >= len(NOTES):
             raise FormatError(f"{name}: unknown type or note")
-        self.promises = []
+        self.name, self.promises = name, []
         try:
             tree = self.value(0, 0)
             shape = tree.shape
@@ -273,6 +294,11 @@ class _Parser(Reader):
         tag = self.byte()
         if tag == ARRAY:
             return self.array()
+        if tag == SHARED:
+            promise = self.described[self.number(len(self.described))]
+            self.needed += promise.size * promise.dtype.itemsize  # as if it were stored again: it may be copied
+            self.promises.append(promise)
+            return promise
         if tag >= NODE:
             if tag - NODE >= len(KINDS):
                 raise FormatError("a tree has a node that this version does not know")
@@ -306,14 +332,21 @@ class _Parser(Reader):
                 self.heads[head] = shape, codec, size
         self.needed += size * IN_MEMORY[form].itemsize
         if codec == POOLED:
-            promise = Promise(shape, form, codec, 0, self.pooled[form])
+            promise = Promise(self.name, shape, form, codec, 0, self.pooled[form])
             self.pooled[form] += size
         else:
-            promise = Promise(shape, form, codec, self.number(), self.offset)
+            promise = Promise(self.name, shape, form, codec, self.number(), self.offset)
             self.offset += promise.length
             self.longest = max(self.longest, size * INTEGERS[form])
+        self.described.append(promise)
         self.promises.append(promise)
         return promise
+
+    def check(self, coded: bool) -> int | None:
+        """The CRC-32 of what was coded, 0 of nothing; a small file has none, for it is checked as a whole."""
+        if self.small:
+            return None
+        return int.from_bytes(self.take(4), "little") if coded else 0
 
     def head(self) -> tuple[tuple[int, ...], int, int]:
         form, rank = self.take(2)
@@ -333,7 +366,7 @@ class _Parser(Reader):
             codec, length = self.byte(), self.number()
             if codec >= len(CODED):
                 raise FormatError("an array has an unknown codec")
-            found.append(Promise((count,), form, codec, length, self.offset))
+            found.append(Promise("", (count,), form, codec, length, self.offset))
             self.offset += length
             self.longest = max(self.longest, count * INTEGERS[form])
         return found
@@ -347,7 +380,7 @@ class _Parser(Reader):
             except UnicodeDecodeError:
                 raise FormatError("a section's name is not UTF-8") from None
             flags, plain, length = self.byte(), self.number(), self.number()
-            check = int.from_bytes(self.take(4), "little")
+            check = self.check(True)
             if name in found or flags > REQUIRED | DEFLATED or (not flags & DEFLATED and plain != length):
                 raise FormatError(f"the section {name!r} is named twice, or of an unknown kind")
             if flags & REQUIRED and name not in KNOWN:
