@@ -1,5 +1,6 @@
 """The recipe's own setting that meets a size: what is tried, when the search ends, what cannot be met."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 import tersenet as tn
 from tersenet.budget import UnmetBudget
 from tersenet.methods.uniform import Uniform
+from tersenet.packed import Codebook, Transformed
 from tersenet.stages.channels import Channels
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune
@@ -99,3 +101,12 @@ def test_a_recipe_and_a_drop_end_in_a_smaller_file_than_the_recipe_alone(task, t
     less = tn.compress(task, recipe, tn.Budget(drop=60), folder=tmp_path)
     assert less.artifact.nbytes < 0.6 * whole.artifact.nbytes
     assert less.choice is not None and less.choice.before - less.choice.after <= 0.6
+
+
+def test_transform_coding_clusters_biases_and_searches_its_bits_for_a_drop(task, tmp_path):
+    result = tn.compress(task, tn.papers.transform_coding(8, clusters=2), tn.Budget(drop=60), folder=tmp_path)
+    trees = {name: tensor.tree for name, tensor in result.artifact.tensors.items()}
+    assert isinstance(trees["0.weight"], Transformed) and isinstance(trees["5.weight"].child, Transformed)
+    assert isinstance(trees["2.bias"], Codebook) and len(trees["2.bias"].codewords) == 4
+    levels = max(int(np.abs(trees[n].coefficients.q.astype(int)).max()) for n in ("0.weight", "2.weight"))
+    assert levels < 127  # fewer than the 8 bits that the recipe begins with

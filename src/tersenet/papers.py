@@ -9,6 +9,7 @@ from tersenet.methods import Method, chain
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
+from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.run import Recipe, Stage
 from tersenet.stages.channels import SearchChannels
@@ -164,6 +165,15 @@ def hashed_nets(density: float = 0.125, epochs: int | None = None, seed: int = 0
     return Hash(density, epochs=epochs, seed=seed), Narrow()
 
 
+def transform_coding(bits: int = 6, clusters: int = 4, block: int = 8) -> Recipe:
+    """Transform coding with clustering (Laude, Richter, Ostermann 2018): the DCT of kernels and of blocks of matrices.
+
+    Coefficients are rounded to `bits`, biases and norms share 2^`clusters` values each. With a drop as the budget the
+    bits are searched, as in the paper.
+    """
+    return Pack(chain(KernelDCT(block), Uniform(bits)), vectors=KMeans(clusters)), Narrow()
+
+
 def weightless(
     density: float = 0.05, bits: int = 3, cells: int = 8, rounds: int = 5, epochs: int = 1, seed: int = 0
 ) -> Recipe:
@@ -199,5 +209,6 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "mlq": mlq,
     "universal": universal,
     "hashed-nets": hashed_nets,
+    "transform-coding": transform_coding,
     "weightless": weightless,
 }

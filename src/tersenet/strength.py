@@ -169,6 +169,8 @@ def _changed(value: Any, change: Callable[[str, Any], Any]) -> Any:
 
 
 def _power(value: Any, e: float, name: str) -> Any:
+    if e == 1:
+        return value
     if name == "bits":
         return min(12, max(2, round(value / e)))
     return min(1.0, max(1e-6, value**e))
