@@ -59,6 +59,16 @@ def test_settings_that_a_network_cannot_have_bound_the_search():
         search((Channels(0.1),), 1000, size_of)
 
 
+def test_settings_that_a_stage_does_not_take_bound_the_search_at_the_weak_end_too():
+    def size_of(stages):
+        if stages[0].bits > 8:
+            raise ValueError("takes at most 8 bits")
+        return 1000 * stages[0].bits
+
+    for most, bits in ((8500, 8), (7900, 7), (20_000, 8)):
+        assert search((Uniform(8),), most, size_of)[0] == 1000 * bits
+
+
 def test_what_a_stage_with_a_budget_of_its_own_chooses_among_is_no_setting_of_the_recipe():
     settled = tn.papers.mixed(tn.Budget(size=4000))
     with pytest.raises(ValueError, match="no setting of this recipe"):

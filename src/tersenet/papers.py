@@ -16,7 +16,8 @@ from tersenet.stages.channels import SearchChannels
 from tersenet.stages.finetune import Distill, Finetune
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
-from tersenet.stages.levels import MLQ, SLQ
+from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
@@ -174,6 +175,16 @@ def transform_coding(bits: int = 6, clusters: int = 4, block: int = 8) -> Recipe
     return Pack(chain(KernelDCT(block), Uniform(bits)), vectors=KMeans(clusters)), Narrow()
 
 
+def inq(bits: int = 5, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Incremental network quantization (Zhou et al. 2017): powers of two, the largest weights first."""
+    return INQ(bits, epochs=epochs, seed=seed), Narrow()
+
+
+def lsq(bits: int = 4, epochs: int = 5, seed: int = 0) -> Recipe:
+    """Learned step size quantization (Esser et al. 2020): weights trained at few bits, their steps with them."""
+    return LSQ(bits, epochs=epochs, seed=seed), Narrow()
+
+
 def weightless(
     density: float = 0.05, bits: int = 3, cells: int = 8, rounds: int = 5, epochs: int = 1, seed: int = 0
 ) -> Recipe:
@@ -210,5 +221,7 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "universal": universal,
     "hashed-nets": hashed_nets,
     "transform-coding": transform_coding,
+    "inq": inq,
+    "lsq": lsq,
     "weightless": weightless,
 }

@@ -65,7 +65,7 @@ class Pack:
         check([self], draft, task)
         choices = methods_of(draft, self.method, self.rules)
         if self.vectors is not None:
-            choices = {name: ("", self.vectors) for name in vectors(draft)} | dict(choices)
+            choices = dict.fromkeys(vectors(draft), ("", self.vectors)) | dict(choices)
         after = repacked(draft, task, choices, self.samples, self.seed)
         return after if self.method is not None else _decided(draft, after)
 
