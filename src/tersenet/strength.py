@@ -89,7 +89,7 @@ def meeting(
             except ValueError:
                 if not sizes:
                     raise
-                sizes[e] = 1 if e > 1 else 2 * max(sizes.values())
+                sizes[e] = 1 if e > 1 else max(most + 1, 2 * max(sizes.values()))
         return sizes[e]
 
     for _ in range(RUNS):
