@@ -108,6 +108,24 @@ def flat32(values: Ints, alphabet: int = 1 << 30) -> tuple[NDArray[np.int32], in
     return flat.astype(np.int32), low, high
 
 
+def spread(values: Ints, most: int) -> Ints:
+    """About `most` integers of an array, or all of a smaller one: eight runs of rows from all over it.
+
+    Arrays are not alike from end to end. One axis is taken for rows of 1024 where that comes out even, as the context
+    coder does, and else for integers.
+    """
+    if values.size <= most:
+        return values
+    rows = values.reshape([n for n in values.shape if n != 1])
+    if rows.ndim == 1 and len(rows) % 1024 == 0:
+        rows = rows.reshape(-1, 1024)
+    kept = max(1, len(rows) * most // values.size)
+    run = kept // 8 | 1  # odd, so that integers of one row are no multiple of 1024
+    starts = [k * len(rows) // (kept // run) for k in range(kept // run)]
+    found: Ints = np.concatenate([rows[start : start + run] for start in starts])
+    return found
+
+
 def shaped(values: Ints, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
     """Decoded integers in their shape and type; refuses values that the type cannot hold."""
     if values.size != math.prod(shape):
