@@ -3,11 +3,13 @@
 #include <string.h>
 
 /* LZMA2 without matches: each byte is a literal, coded bit by bit with a share for each of the 255 places in its tree that
- * moves by 1/32 of its way, and one more bit that says that it is a literal. Chunks that look like noise are stored. */
+ * moves by 1/32 of its way, and one more bit that says that it is a literal. There is a tree for each value that the highest
+ * bits of the byte before can have. Chunks that look like noise are stored. */
 
 #define BLOCK 1024 /* bytes that are looked at to decide */
 #define CHUNK 65536
 #define WHOLE 2048
+#define MOST 4 /* bits of context */
 
 typedef struct {
     uint64_t low;
@@ -45,13 +47,16 @@ static inline void code(coder *c, uint16_t *share, uint32_t bit) {
     }
 }
 
-/* The range coder's bytes for a chunk: `room` where they do not fit. shares[0] is that of literals. */
-static int64_t code_chunk(const uint8_t *in, int64_t n, uint16_t *shares, uint8_t *out, int64_t room) {
+/* The range coder's bytes for a chunk after the byte `last`: `room` where they do not fit. The first share is of literals. */
+static int64_t code_chunk(const uint8_t *in, int64_t n, uint8_t last, int32_t context, uint16_t (*trees)[256], uint8_t *out,
+                          int64_t room) {
     coder c = {.range = 0xffffffff, .held = 1, .out = out, .end = out + room};
     for (int64_t i = 0; i < n && c.out < c.end; i++) {
-        code(&c, shares, 0);
+        uint16_t *shares = trees[last >> (8 - context)];
+        code(&c, &trees[0][0], 0);
+        last = in[i];
         for (uint32_t node = 1, k = 8; k-- > 0;) {
-            const uint32_t bit = in[i] >> k & 1;
+            const uint32_t bit = last >> k & 1;
             code(&c, &shares[node], bit);
             node = node << 1 | bit;
         }
@@ -69,11 +74,12 @@ static int32_t noisy(const uint8_t *in, int64_t n) {
     return 25600 * squares <= 117 * (uint64_t)(n * n) + 25500 * (uint64_t)n;
 }
 
-int64_t terse_literals_encode(const uint8_t *in, int64_t n, uint8_t *out, int64_t capacity) {
-    uint16_t shares[256], before[256];
+int64_t terse_literals_encode(const uint8_t *in, int64_t n, int32_t context, uint8_t *out, int64_t capacity) {
+    uint16_t shares[1 << MOST][256], before[1 << MOST][256];
     int64_t at = 0;
     int32_t begun = 0; /* whether the decoder knows the shares */
-    for (int32_t k = 0; k < 256; k++) shares[k] = WHOLE / 2;
+    if (context < 0 || context > MOST) return TERSE_EARGUMENT;
+    for (int32_t k = 0; k < 256 << context; k++) shares[k / 256][k % 256] = WHOLE / 2;
     for (int64_t i = 0, size; i < n; i += size) {
         int32_t stored = 0;
         for (size = 0; size < CHUNK && i + size < n;) {
@@ -87,12 +93,12 @@ int64_t terse_literals_encode(const uint8_t *in, int64_t n, uint8_t *out, int64_
         if (!stored) {
             const int64_t head = begun ? 5 : 6;
             memcpy(before, shares, sizeof shares);
-            const int64_t coded = code_chunk(in + i, size, shares, out + at + head, size);
+            const int64_t coded = code_chunk(in + i, size, i ? in[i - 1] : 0, context, shares, out + at + head, size);
             if (coded < size) {
                 out[at] = begun ? 0x80 : i ? 0xc0 : 0xe0;
                 out[at + 1] = (uint8_t)((size - 1) >> 8), out[at + 2] = (uint8_t)(size - 1);
                 out[at + 3] = (uint8_t)((coded - 1) >> 8), out[at + 4] = (uint8_t)(coded - 1);
-                if (!begun) out[at + 5] = 0; /* lc = lp = pb = 0: no contexts */
+                if (!begun) out[at + 5] = (uint8_t)context; /* lc; lp = pb = 0 */
                 begun = 1;
                 at += head + coded;
                 continue;

@@ -70,9 +70,9 @@ TERSE_API int64_t terse_rans_decode(const uint8_t *in, int64_t length, const uin
 /* rans.py: n bytes to 2 n nibbles, the low one first. */
 TERSE_API int64_t terse_rans_split(const uint8_t *in, int64_t n, uint8_t *out);
 
-/* literals.py: n bytes as a raw LZMA2 stream of literals alone, and of stored bytes where they look like noise. Needs room
- * for 7 bytes more for each 1024, and 8. */
-TERSE_API int64_t terse_literals_encode(const uint8_t *in, int64_t n, uint8_t *out, int64_t capacity);
+/* literals.py: n bytes as a raw LZMA2 stream of literals alone, with `context` (0..4) bits of the byte before, and of stored
+ * bytes where they look like noise. Needs room for 7 bytes more for each 1024, and 8. */
+TERSE_API int64_t terse_literals_encode(const uint8_t *in, int64_t n, int32_t context, uint8_t *out, int64_t capacity);
 
 /* Trellis-coded quantization (Marcellin and Fischer 1990) in the form of dependent quantization: a state that is even holds
  * an even level, one that is odd an odd level or zero. A level's number is half of its size, rounded up; whether that is

@@ -1,5 +1,6 @@
 """Integers to bytes and back. `CODECS` is the closed table of what a file may name; a codec's number is its place."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,8 +32,9 @@ CODECS: dict[str, Codec] = {
     "zstd": universal.ZSTD,
 }
 DEFAULT = tuple(name for name in CODECS if name != "zstd")  # what NumPy and the standard library can read
-SHORT, LONGEST = 1 << 12, 1 << 16  # longer arrays are tried on an eighth first, of at least and at most so many integers
+SHORT, LONGEST = 1 << 12, 1 << 15  # longer arrays are tried on a part first, of at least and at most so many integers
 NEAR = 1.01, 128  # what is left then: a per cent over the smallest, and the bytes of tables and of learning
+GENERAL = ("deflate", "bzip2", "lzma", "zstd")  # slow, and have little to learn: left only where they are smallest already
 SLACK = 1.05  # "speed" may cost five per cent over the smallest
 
 
@@ -40,13 +42,15 @@ def encode(values: Ints, codecs: Iterable[str] = DEFAULT, prefer: str = "size") 
     """The integers in the codec that makes them smallest, or, with `prefer="speed"`, in the fastest within 5 % of that.
 
     Returns the codec's name and the bytes. Ties go to the earlier codec in the table. Arrays of over 4096 integers are
-    tried on an eighth of them, from all over the array, and those that come near the best there see the whole.
+    tried on a sixteenth of them, from all over the array, and those that come near the best there see the whole.
     """
     names = [name for name in CODECS if name in set(codecs)] or ["bits"]
     if values.size > SHORT and len(names) > 1:
-        sizes = {name: len(data) for name, data in _tried(spread(values, min(max(SHORT, values.size // 8), LONGEST)), names).items()}
-        most = NEAR[0] * min(sizes.values(), default=0) + NEAR[1]
-        names = [name for name in sizes if sizes[name] <= most]
+        part = spread(values, min(max(SHORT, values.size // 16), LONGEST))
+        sizes = {name: len(data) for name, data in _tried(part, names).items()}
+        least = min((size for name, size in sizes.items() if name not in GENERAL), default=math.inf)
+        near = NEAR[0] * min(sizes.values(), default=0) + NEAR[1]
+        names = [name for name, size in sizes.items() if size <= (min(near, least) if name in GENERAL else near)]
     coded = _tried(values, names)
     if not coded:
         return "bits", CODECS["bits"].encode(values)

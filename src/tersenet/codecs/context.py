@@ -36,7 +36,7 @@ FRESH, KNOWN = 32, 64  # what an alphabet's counts are added to: so much of its 
 CHUNK, MANY = 256, 16  # kernels whose signs are coded side by side, where there are so many
 MOST = (1 << 29) - 1  # integers of an array
 NEIGHBOURS = ((1, 0), (0, 1), (1, 1), (1, -1))  # signs to the left and above whose shares are sent
-TRIAL, MOST_TRIAL = 1 << 14, 1 << 17  # a quarter of the integers, but so many, are looked at to choose an array's model
+TRIAL, MOST_TRIAL = 1 << 13, 1 << 16  # an eighth of the integers, but so many, are looked at to choose an array's model
 WORTH_SIGNS = 1 / 1024  # what contexts of signs must save: they take a fourteenth of the time
 SIGN_BITS = [0, *(round(-1024 * math.log2(k / 16)) for k in range(1, 16))]  # in 1/1024, of a share of k/16
 UNIT, ZERO = 1024, 7  # of means: half a letter, and what a zero counts as, so that their floats stay normal
@@ -292,16 +292,29 @@ def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
     zeros = len(flat) * int((~flat.any(0)).sum())
     skip = zeros >= max(WORTH_LEAVING, flat.size // 32) and zeros < flat.size
     best = Model(trellis=int(follows(flat)), skip=int(skip))
-    part = spread(values, min(max(TRIAL, values.size // 4), MOST_TRIAL))
+    part = spread(values, min(max(TRIAL, values.size // 8), MOST_TRIAL))
     sized = _Sizes(part, best, max(high, -low))
     for name in ("places", "blend", "memory", "settle", "slow"):
-        best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=sized.bits)
+        best = _better(best, name, sized)
     if low < 0 < high:
         counts = sign_counts(part, walked(part.shape)[2])
         shares = [(minus, plus, _sign_share(minus, plus)) for minus, plus in counts]
         saved = sum(UNIT * (n + p) - n * SIGN_BITS[s] - p * SIGN_BITS[16 - s] for n, p, s in shares) / UNIT - 16
         best = best._replace(signs=int(saved > WORTH_SIGNS * (sized.bits(best) + np.count_nonzero(part))))
     return best
+
+
+def _better(model: Model, name: str, sized: "_Sizes") -> Model:
+    """The model with that setting moved from the usual one to lower and to higher values, while that makes it smaller."""
+    order = sorted(range(len(CHOICES[name])), key=lambda i: CHOICES[name][i])
+    usual = order.index(0)
+    for side in (order[usual + 1 :], order[:usual][::-1]):
+        for i in side:
+            other = model._replace(**{name: i})
+            if sized.bits(other) >= sized.bits(model):
+                break
+            model = other
+    return model
 
 
 class _Sizes:

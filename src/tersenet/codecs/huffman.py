@@ -57,13 +57,13 @@ def canonical_codes(lengths: NDArray[np.uint8]) -> NDArray[np.uint32]:
     kraft = int((1 << (LONGEST - lengths[present].astype(np.int64))).sum())
     if kraft != 1 << LONGEST and not (len(present) == 1 and lengths[present[0]] == 1):
         raise FormatError("Huffman code lengths do not make a complete code")
+    order = present[np.argsort(lengths[present], kind="stable")]
+    length = lengths[order].astype(np.uint32)
+    share = np.uint32(1) << (LONGEST - length)
+    code = np.cumsum(share, dtype=np.uint32) - share  # from the first of LONGEST bits on
     codes = np.zeros(len(lengths), np.uint32)
-    code = last = 0
-    for symbol in present[np.argsort(lengths[present], kind="stable")]:
-        length = int(lengths[symbol])
-        code <<= length - last
-        codes[symbol] = int(f"{code:0{length}b}"[::-1], 2)
-        code, last = code + 1, length
+    for bit in range(LONGEST):
+        codes[order] |= (code >> np.uint32(LONGEST - 1 - bit) & 1) << np.uint32(bit)
     return codes
 
 

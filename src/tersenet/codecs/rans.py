@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersenet import native
-from tersenet.codecs.stream import FormatError, Ints, Reader, Unsuited, flat32, put_number, shaped, unzigzag, zigzag
+from tersenet.codecs.stream import FormatError, Ints, Reader, Unsuited, flat, offsets8, put_number, shaped, unzigzag, zigzag
 
 SCALE = 12
 SLOTS = 1 << SCALE
@@ -53,7 +53,8 @@ def put_frequencies(frequency: NDArray[np.uint16]) -> bytes:
     """Alphabet size, then every frequency plus one in Elias gamma code."""
     size = int(np.flatnonzero(frequency)[-1]) + 1
     text = "".join("0" * ((int(f) + 1).bit_length() - 1) + f"{int(f) + 1:b}" for f in frequency[:size])
-    return bytes([size - 1]) + np.packbits(np.array(list(text), np.uint8)).tobytes()
+    length = (len(text) + 7) // 8
+    return bytes([size - 1]) + int(text.ljust(8 * length, "0"), 2).to_bytes(length, "big")
 
 
 def take_frequencies(reader: Reader) -> NDArray[np.uint16]:
@@ -160,8 +161,8 @@ class Rans:
     pace = 1000
 
     def encode(self, values: Ints) -> bytes:
-        flat, low, _ = flat32(values, 256)
-        return put_number(zigzag(low)) + encode_bytes((flat - low).astype(np.uint8))
+        symbols, low, _ = flat(values, 256)
+        return put_number(zigzag(low)) + encode_bytes(offsets8(symbols, low))
 
     def decode(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
         reader = Reader(data)
@@ -176,8 +177,8 @@ class RansPairs:
     pace = 2000
 
     def encode(self, values: Ints) -> bytes:
-        flat, low, _ = flat32(values, 16)
-        nibbles = (flat - low).astype(np.uint8)
+        symbols, low, _ = flat(values, 16)
+        nibbles = offsets8(symbols, low)
         if nibbles.size % 2:
             nibbles = np.append(nibbles, nibbles[-1])
         return put_number(zigzag(low)) + encode_bytes((nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8))
