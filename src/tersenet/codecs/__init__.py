@@ -1,7 +1,7 @@
 """Integers to bytes and back. `CODECS` is the closed table of what a file may name; a codec's number is its place."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,8 @@ CODECS: dict[str, Codec] = {
 }
 DEFAULT = tuple(name for name in CODECS if name != "zstd")  # what NumPy and the standard library can read
 SHORT, LONGEST = 1 << 12, 1 << 15  # longer arrays are tried on a part first, of at least and at most so many integers
-NEAR = 1.01, 128  # what is left then: a per cent over the smallest, and the bytes of tables and of learning
-GENERAL = ("deflate", "bzip2", "lzma", "zstd")  # slow, and have little to learn: left only where they are smallest already
+NEAR, TABLES = 1.01, 128  # codecs that are left then: so much over the smallest, and the bytes of tables and of learning
+GENERAL = ("deflate", "bzip2", "lzma", "zstd")  # slow, with little to learn: left only where they are smallest already
 SLACK = 1.05  # "speed" may cost five per cent over the smallest
 
 
@@ -42,15 +42,11 @@ def encode(values: Ints, codecs: Iterable[str] = DEFAULT, prefer: str = "size") 
     """The integers in the codec that makes them smallest, or, with `prefer="speed"`, in the fastest within 5 % of that.
 
     Returns the codec's name and the bytes. Ties go to the earlier codec in the table. Arrays of over 4096 integers are
-    tried on a sixteenth of them, from all over the array, and those that come near the best there see the whole.
+    tried on a part, from all over the array, and those codecs that come near the best there see the whole.
     """
     names = [name for name in CODECS if name in set(codecs)] or ["bits"]
     if values.size > SHORT and len(names) > 1:
-        part = spread(values, min(max(SHORT, values.size // 16), LONGEST))
-        sizes = {name: len(data) for name, data in _tried(part, names).items()}
-        least = min((size for name, size in sizes.items() if name not in GENERAL), default=math.inf)
-        near = NEAR[0] * min(sizes.values(), default=0) + NEAR[1]
-        names = [name for name, size in sizes.items() if size <= (min(near, least) if name in GENERAL else near)]
+        names = _promising(values, names, SLACK if prefer == "speed" else NEAR)
     coded = _tried(values, names)
     if not coded:
         return "bits", CODECS["bits"].encode(values)
@@ -59,6 +55,17 @@ def encode(values: Ints, codecs: Iterable[str] = DEFAULT, prefer: str = "size") 
         near = [name for name in coded if len(coded[name]) <= SLACK * len(coded[best]) + 16]
         best = max(near, key=lambda name: CODECS[name].pace)
     return best, coded[best]
+
+
+def _promising(values: Ints, names: Sequence[str], slack: float) -> list[str]:
+    """The codecs that may be smallest, or near that, by what they make of a part."""
+    part = spread(values, min(max(SHORT, values.size // 8), LONGEST))
+    sizes = {name: len(data) for name, data in _tried(part, [name for name in names if name != "bzip2"]).items()}
+    least = min((size for name, size in sizes.items() if name not in GENERAL), default=math.inf)
+    if "bzip2" in names and sizes.get("deflate", 0) <= NEAR * min(sizes.values(), default=0):  # strings occur again
+        sizes |= {name: len(data) for name, data in _tried(part, ["bzip2"]).items()}
+    most = slack * min(sizes.values(), default=0) + TABLES
+    return [name for name in names if sizes.get(name, math.inf) <= (min(most, least) if name in GENERAL else most)]
 
 
 def _tried(values: Ints, names: Iterable[str]) -> dict[str, bytes]:

@@ -295,26 +295,13 @@ def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
     part = spread(values, min(max(TRIAL, values.size // 8), MOST_TRIAL))
     sized = _Sizes(part, best, max(high, -low))
     for name in ("places", "blend", "memory", "settle", "slow"):
-        best = _better(best, name, sized)
+        best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=sized.bits)
     if low < 0 < high:
         counts = sign_counts(part, walked(part.shape)[2])
         shares = [(minus, plus, _sign_share(minus, plus)) for minus, plus in counts]
         saved = sum(UNIT * (n + p) - n * SIGN_BITS[s] - p * SIGN_BITS[16 - s] for n, p, s in shares) / UNIT - 16
         best = best._replace(signs=int(saved > WORTH_SIGNS * (sized.bits(best) + np.count_nonzero(part))))
     return best
-
-
-def _better(model: Model, name: str, sized: "_Sizes") -> Model:
-    """The model with that setting moved from the usual one to lower and to higher values, while that makes it smaller."""
-    order = sorted(range(len(CHOICES[name])), key=lambda i: CHOICES[name][i])
-    usual = order.index(0)
-    for side in (order[usual + 1 :], order[:usual][::-1]):
-        for i in side:
-            other = model._replace(**{name: i})
-            if sized.bits(other) >= sized.bits(model):
-                break
-            model = other
-    return model
 
 
 class _Sizes:
