@@ -101,10 +101,10 @@ class _Streams:
         """Code arrays ahead, on as many threads as are worth it."""
         found = (a for a in map(np.asarray, listed) if a.dtype in container.IN_MEMORY and not _small(a))
         self.alone = {id(a): a for a in sorted(found, key=lambda a: -a.size)}
-        if container.THREADS > 1 and sum(a.size for a in self.alone.values()) >= container.WORTH_A_THREAD:
+        if container.CORES > 1 and sum(a.size for a in self.alone.values()) >= container.WORTH_A_THREAD:
             from concurrent.futures import ThreadPoolExecutor  # which readers need not wait for
 
-            with ThreadPoolExecutor(container.THREADS) as pool:
+            with ThreadPoolExecutor(container.CORES) as pool:
                 self.ready = dict(zip(self.alone, pool.map(self._coded, self.alone.values()), strict=True))
 
     def array(self, array: Array) -> bytes:
@@ -133,8 +133,9 @@ class _Streams:
         """Code what has waited; the header of the pools."""
         begin, head = len(self.data), b""
         for _, parts in sorted(self.pooled.items()):
-            one, coded = self._stream(_planes(np.concatenate(parts)))
-            head, self.data = head + one, self.data + coded
+            own, coded = self._stream(_planes(np.concatenate(parts)))
+            head += own
+            self.data += coded
         return head + self.check(begin) if self.pooled else b""
 
     def check(self, begin: int) -> bytes:

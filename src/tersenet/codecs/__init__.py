@@ -33,7 +33,10 @@ CODECS: dict[str, Codec] = {
 }
 DEFAULT = tuple(name for name in CODECS if name != "zstd")  # what NumPy and the standard library can read
 SHORT, LONGEST = 1 << 12, 1 << 15  # longer arrays are tried on a part first, of at least and at most so many integers
-NEAR, TABLES = 1.01, 128  # codecs that are left then: so much over the smallest, and the bytes of tables and of learning
+NEAR, TABLES = (
+    1.01,
+    128,
+)  # codecs that are left then: so much over the smallest, and the bytes of tables and of learning
 GENERAL = ("deflate", "bzip2", "lzma", "zstd")  # slow, with little to learn: left only where they are smallest already
 SLACK = 1.05  # "speed" may cost five per cent over the smallest
 
@@ -45,7 +48,7 @@ def encode(values: Ints, codecs: Iterable[str] = DEFAULT, prefer: str = "size") 
     tried on a part, from all over the array, and those codecs that come near the best there see the whole.
     """
     names = [name for name in CODECS if name in set(codecs)] or ["bits"]
-    if values.size > SHORT and len(names) > 1:
+    if values.size > SHORT and len(names) > 2:
         names = _promising(values, names, SLACK if prefer == "speed" else NEAR)
     coded = _tried(values, names)
     if not coded:

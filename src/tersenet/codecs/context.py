@@ -36,7 +36,7 @@ FRESH, KNOWN = 32, 64  # what an alphabet's counts are added to: so much of its 
 CHUNK, MANY = 256, 16  # kernels whose signs are coded side by side, where there are so many
 MOST = (1 << 29) - 1  # integers of an array
 NEIGHBOURS = ((1, 0), (0, 1), (1, 1), (1, -1))  # signs to the left and above whose shares are sent
-TRIAL, MOST_TRIAL = 1 << 13, 1 << 16  # an eighth of the integers, but so many, are looked at to choose an array's model
+TRIAL, MOST_TRIAL = 1 << 16, 1 << 16  # a model is chosen by an eighth: at least so many bits, at most so many integers
 WORTH_SIGNS = 1 / 1024  # what contexts of signs must save: they take a fourteenth of the time
 SIGN_BITS = [0, *(round(-1024 * math.log2(k / 16)) for k in range(1, 16))]  # in 1/1024, of a share of k/16
 UNIT, ZERO = 1024, 7  # of means: half a letter, and what a zero counts as, so that their floats stay normal
@@ -210,7 +210,9 @@ def sign_counts(values: NDArray[np.int32], kernel: tuple[int, int]) -> list[tupl
     sign = np.sign(values.reshape(-1, *kernel)).astype(np.int8)
     left, above = np.zeros_like(sign), np.zeros_like(sign)
     left[:, :, 1:], above[:, 1:] = sign[:, :, :-1], sign[:, :-1]
-    found = np.bincount((sign * 9 + left * 3 + above + 13).reshape(-1), minlength=27).reshape(3, 3, 3)  # each from -1 on
+    found = np.bincount((sign * 9 + left * 3 + above + 13).reshape(-1), minlength=27).reshape(
+        3, 3, 3
+    )  # each from -1 on
     return [
         (
             int(found[0, 1 + one, 1 + other] + found[2, 1 - one, 1 - other]),
@@ -232,7 +234,7 @@ def sign_shares(values: NDArray[np.int32], kernel: tuple[int, int]) -> int:
 
 def _used(values: NDArray[np.int32]) -> NDArray[np.int32]:
     """1 for each column that holds anything, and for the first if none does."""
-    used = np.any(values.reshape(walked(values.shape)[:2]), 0).astype(np.int32)
+    used: NDArray[np.int32] = np.any(values.reshape(walked(values.shape)[:2]), 0).astype(np.int32)
     used[0] |= not used.any()
     return used
 
@@ -292,7 +294,8 @@ def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
     zeros = len(flat) * int((~flat.any(0)).sum())
     skip = zeros >= max(WORTH_LEAVING, flat.size // 32) and zeros < flat.size
     best = Model(trellis=int(follows(flat)), skip=int(skip))
-    part = spread(values, min(max(TRIAL, values.size // 8), MOST_TRIAL))
+    bits = (2 * int(np.abs(flat).sum(dtype=np.int64)) // flat.size + 1).bit_length() + 1  # about, of a value
+    part = spread(values, min(max(TRIAL // bits, values.size // 8), MOST_TRIAL))
     sized = _Sizes(part, best, max(high, -low))
     for name in ("places", "blend", "memory", "settle", "slow"):
         best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=sized.bits)

@@ -1,9 +1,11 @@
 """A raw LZMA2 stream of literals alone, which any LZMA2 decoder reads; made for bytes that do not repeat.
 
-The planes of floats are like that: exponents follow a distribution, which the adaptive binary range coder of LZMA (Martin
-1979; Pavlov 1999) codes well, and mantissas are noise, which is stored as it is. Looking for strings that occur again
-would take most of the time, and bytes too, since LZMA takes those that are found by chance.
+The planes of floats are like that: exponents follow a distribution, which LZMA's adaptive binary range coder (Pavlov
+1999) codes well, and mantissas are noise, which is stored as it is. Looking for strings that occur again would take
+most of the time, and bytes too, since LZMA takes those that are found by chance.
 """
+
+import itertools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +54,7 @@ def _noisy(block: NDArray[np.uint8]) -> bool:
 def _coded(chunk: bytes, trees: list[list[int]], context: int) -> bytes:
     """The range coder's bytes for all of a chunk but its first; the first share of the first tree is of literals."""
     low, span, shifts = 0, 0xFFFFFFFF, 0  # low is the whole number so far
-    for last, byte in zip(chunk[:-1], chunk[1:], strict=True):
+    for last, byte in itertools.pairwise(chunk):
         shares, node = trees[0], 0
         for bit in (0, *(byte >> k & 1 for k in range(7, -1, -1))):
             share, bound = shares[node], (span >> 11) * shares[node]

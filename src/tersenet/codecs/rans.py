@@ -14,7 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersenet import native
-from tersenet.codecs.stream import FormatError, Ints, Reader, Unsuited, flat, offsets8, put_number, shaped, unzigzag, zigzag
+from tersenet.codecs.stream import (
+    FormatError,
+    Ints,
+    Reader,
+    Unsuited,
+    flat,
+    offsets8,
+    put_number,
+    shaped,
+    unzigzag,
+    zigzag,
+)
 
 SCALE = 12
 SLOTS = 1 << SCALE

@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 
 from tersenet.codecs import literals
-from tersenet.codecs.stream import FormatError, Ints, Reader, flat, offsets8, put_number, shaped, spread, unzigzag, zigzag
+from tersenet.codecs.stream import (
+    FormatError,
+    Ints,
+    Reader,
+    flat,
+    offsets8,
+    put_number,
+    shaped,
+    spread,
+    unzigzag,
+    zigzag,
+)
 
 DICTIONARY = 1 << 23  # bytes that LZMA's strings may lie back
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": DICTIONARY}]
@@ -121,10 +132,10 @@ def _to_bytes(integers: Ints, low: int, width: int) -> bytes:
         offset = integers.astype(np.int32) - np.int32(low)
         return b"".join((offset >> 8 * plane).astype(np.uint8).tobytes() for plane in reversed(range(width)))
     small = offsets8(integers, low)
-    if width == 0:
-        small = np.append(small, np.zeros(small.size % 2, np.uint8))
-        small = small[::2] | small[1::2] << 4
-    return small.tobytes()
+    if width == 1:
+        return small.tobytes()
+    nibbles = np.append(small, np.zeros(small.size % 2, np.uint8))
+    return (nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8).tobytes()
 
 
 def _from_bytes(plain: bytes, width: int, count: int) -> Ints:
