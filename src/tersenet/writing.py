@@ -111,8 +111,7 @@ class _Streams:
         """Take an array in; its header."""
         if _small(array):
             stored, raw = _narrowest(array)
-            form = FORMATS.index((str(array.dtype), stored))
-            self.pooled.setdefault(form, []).append(raw if stored in WIDTH else raw.reshape(-1))
+            self.pooled.setdefault(_form(array, stored), []).append(raw if stored in WIDTH else raw.reshape(-1))
             return _array_header(array, stored) + bytes([POOLED])
         head, coded = self.ready.get(id(array)) or self._coded(array)
         self.data += coded
@@ -217,8 +216,11 @@ def _value_header(value: Any, streams: _Streams) -> bytes:
 
 
 def _array_header(array: Array, stored: str) -> bytes:
-    form = FORMATS.index((str(array.dtype), stored))
-    return bytes([ARRAY, form, array.ndim]) + b"".join(put_number(n) for n in array.shape)
+    return bytes([ARRAY, _form(array, stored), array.ndim]) + b"".join(put_number(n) for n in array.shape)
+
+
+def _form(array: Array, stored: str) -> int:
+    return FORMATS.index((str(array.dtype), stored))
 
 
 def _planes(raw: Array) -> Array:

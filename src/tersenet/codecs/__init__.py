@@ -33,10 +33,8 @@ CODECS: dict[str, Codec] = {
 }
 DEFAULT = tuple(name for name in CODECS if name != "zstd")  # what NumPy and the standard library can read
 SHORT, LONGEST = 1 << 12, 1 << 15  # longer arrays are tried on a part first, of at least and at most so many integers
-NEAR, TABLES = (
-    1.01,
-    128,
-)  # codecs that are left then: so much over the smallest, and the bytes of tables and of learning
+NEAR = 1.01  # codecs within so much of the smallest are left then,
+TABLES = 128  # and so many bytes more for tables and learning, which cost less in the whole
 GENERAL = ("deflate", "bzip2", "lzma", "zstd")  # slow, with little to learn: left only where they are smallest already
 SLACK = 1.05  # "speed" may cost five per cent over the smallest
 
@@ -48,9 +46,10 @@ def encode(values: Ints, codecs: Iterable[str] = DEFAULT, prefer: str = "size") 
     tried on a part, from all over the array, and those codecs that come near the best there see the whole.
     """
     names = [name for name in CODECS if name in set(codecs)] or ["bits"]
+    left = names
     if values.size > SHORT and len(names) > 2:
-        names = _promising(values, names, SLACK if prefer == "speed" else NEAR)
-    coded = _tried(values, names)
+        left = _promising(values, names, SLACK if prefer == "speed" else NEAR)
+    coded = _tried(values, left) or _tried(values, names)  # the whole may hold what the part does not
     if not coded:
         return "bits", CODECS["bits"].encode(values)
     best = min(coded, key=lambda name: len(coded[name]))
