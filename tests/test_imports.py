@@ -35,8 +35,9 @@ MAY = {
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
+    "published": "artifact packed",
     "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs"
-           " promise recipe_file",
+           " promise published recipe_file",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",

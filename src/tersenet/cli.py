@@ -97,6 +97,35 @@ def compress_command(
 
 
 @app.command()
+def repack(
+    source: Annotated[Path, typer.Argument(help="A network that others compressed: .safetensors, .npz, .pt, or .net")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write")] = Path("model.terse"),
+    task: TASK = None,
+) -> None:
+    """Take in a compressed network of others without loss: palettes, product quantization, GPTQ's 4 bits.
+
+    A .net file is Deep Compression's SqueezeNet. With --task weights get the shapes that your model has.
+
+    [dim]terse repack pq_resnet18.safetensors --task task.py -o resnet18.terse[/dim]
+    """
+    from tersenet.published import deep_compression, repacked, squeezenet
+
+    _check_output(output, source, task)
+    with _running(task) as job:
+        shapes = {name: tuple(value.shape) for name, value in job.model.state_dict().items()} if job else None
+    try:
+        if source.suffix.lower() == ".net":
+            artifact = deep_compression(source.read_bytes(), squeezenet())
+        else:
+            artifact = repacked(read(source).tensors, shapes)
+    except ValueError as wrong:
+        raise ValueError(f"{source}: {str(wrong).removeprefix(f'{source}: ')}") from None
+    artifact.save(output)
+    before = source.stat().st_size if source.is_file() else 0
+    typer.echo(f"wrote {output} ({artifact.nbytes:,} bytes, of {before:,}). Next: terse inspect {output}")
+
+
+@app.command()
 def inspect(
     file: FILE,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON")] = False,
