@@ -25,7 +25,7 @@
 #define TERSE_EBUILD -5 /* terse_abi() is 0 */
 
 /* Goes up with every change of what stands here, so that nobody calls a library that another header belongs to. */
-#define TERSE_ABI 1
+#define TERSE_ABI 2
 
 /* TERSE_ABI; or 0 where this build would code otherwise than all others: where a product is not rounded before anything is
  * added to it (compile with -ffp-contract=off, on 32-bit x86 with -msse2 -mfpmath=sse), or the highest byte lies first. */
@@ -141,4 +141,12 @@ TERSE_API int64_t terse_feedback(double *whitened, const double *lines, const do
 /* surgeon.py: removes `count` of n weights one by one, the cheapest first, from w and the inverse moment [n][n], both of
  * which are used up. */
 TERSE_API int64_t terse_surgeon(double *w, double *inverse, int64_t n, int64_t count, int32_t *order, double *costs);
+
+/* ternary.py: 3LC (Lim, Andersen, Kaminsky 2019): B = values + residual to three values, quartic and zero-run encoding.
+ * `*scale` is the sparsity multiplier, 1 <= s < 2, and becomes M = s max|B|, or 0 where nothing was sent. The residual becomes
+ * B - M q, exactly. TERSE_ETYPE where B is not finite or M would not be; the residual is then as it was. `out` has room for
+ * (n + 4) / 5 bytes. */
+TERSE_API int64_t terse_threelc_encode(const float *values, float *residual, int64_t n, float *scale, uint8_t *out,
+                                       int64_t capacity);
+TERSE_API int64_t terse_threelc_decode(const uint8_t *in, int64_t length, const float *scale, int64_t n, float *out);
 #endif

@@ -18,6 +18,7 @@ from test_golden import GOLDEN, HASHES, fingerprint
 from tersenet import container, native
 from tersenet.codecs import CODECS
 from tersenet.codecs.stream import Unsuited
+from tersenet.codecs.ternary import decode, encode
 from tersenet.methods.recursion import EDGES
 from tersenet.methods.surgeon import removals
 
@@ -27,7 +28,7 @@ STRICT = ["-std=c11", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedanti
 FUNCTIONS = [
     *("bits_encode", "bits_decode", "trits_encode", "trits_decode", "gaps_encode", "gaps_decode", "runs_encode"),
     *("runs_decode", "huffman_encode", "huffman_decode", "rans_encode", "rans_decode", "rans_split"),
-    *("context_encode", "context_decode", "feedback", "surgeon"),
+    *("context_encode", "context_decode", "feedback", "surgeon", "threelc_encode", "threelc_decode"),
 ]  # in the order of replay.c
 MACHINES = {  # a compiler with its flags, and what runs its programs here
     "this": ("cc", ""),
@@ -98,6 +99,9 @@ def exercised():
         levels(w, metric, even(w, 0.2), 0.5, rng.random(w.shape) < 0.4 if some else None, trellis)
     root = rng.normal(size=(30, 30))
     removals(root[0], np.linalg.inv(root @ root.T + np.eye(30)), 20)
+    for spread in (1e-40, 1, 1e30):
+        values, residual = rng.laplace(0, spread, (2, 12_007)).astype(np.float32)
+        decode(encode(values, residual, 1.5), values.size)
 
 
 @pytest.fixture(scope="module")
