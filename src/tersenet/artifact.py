@@ -16,7 +16,7 @@ import numpy as np
 from tersenet.codecs.stream import FormatError
 from tersenet.container import CODED, DTYPES, FLOATS, FORMATS, POOLED, STAND_IN, Coding, Section, Tensor, as_type
 from tersenet.decoding import decoded, sections_of
-from tersenet.header import File, Header, Memory, Source
+from tersenet.header import UPDATE, File, Header, Memory, Source
 from tersenet.packed import Array, Packed, Tree
 from tersenet.replacing import write_atomically
 from tersenet.writing import write
@@ -151,6 +151,8 @@ def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit
         else:
             data = File(stack.enter_context(Path(source).open("rb")))
         header = Header.read(data, limit)
+        if UPDATE in header.sections:
+            raise FormatError("this is an update, not a network: terse patch OLD UPDATE -o NEW applies it")
         wanted = set(header.tensors if tensors is None else tensors)
         if missing := sorted(wanted - set(header.tensors)):
             raise KeyError(f"no tensor {missing[0]!r} in this file")
