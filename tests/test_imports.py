@@ -33,7 +33,7 @@ MAY = {
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
-    "updates": "artifact container decoding header packed codecs sources",
+    "flower": "codecs", "updates": "artifact container decoding header packed codecs sources",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
     "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs"
            " promise recipe_file updates",
