@@ -149,7 +149,8 @@ def _update(old: Artifact, new: Artifact, step: float = 0) -> Told:
         if id(tensor) not in first:
             letter, tree, bits = _told(old.tensors.get(name), tensor, step)
             dtype = {SAME: "uint8", BITS: "uint8", STEPS: "float32", WHOLE: tensor.dtype}[letter]
-            tensors[name] = replace(tensor, tree=tree, dtype=dtype)
+            error = None if step else tensor.error  # which was measured of the tensor that is meant
+            tensors[name] = replace(tensor, tree=tree, dtype=dtype, error=error)
             first[id(tensor)] = name, letter
             low += bits
         known, letter = first[id(tensor)]
