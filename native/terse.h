@@ -25,7 +25,7 @@
 #define TERSE_EBUILD -5 /* terse_abi() is 0 */
 
 /* Goes up with every change of what stands here, so that nobody calls a library that another header belongs to. */
-#define TERSE_ABI 3
+#define TERSE_ABI 4
 
 /* TERSE_ABI; or 0 where this build would code otherwise than all others: where a product is not rounded before anything is
  * added to it (compile with -ffp-contract=off, on 32-bit x86 with -msse2 -mfpmath=sse), or the highest byte lies first. */
@@ -157,7 +157,7 @@ TERSE_API int64_t terse_surgeon(double *w, double *inverse, int64_t n, int64_t c
 TERSE_API int64_t terse_nearest(const float *vectors, int64_t n, int32_t d, const float *codewords, int32_t blocks,
                                 int32_t *index);
 
-/* hashing.py: a Bloomier filter of (windows + 2) * length cells of `bits` (1..16), whose three cells for a key lie in three
+/* bloomier.py: a Bloomier filter of (windows + 2) * length cells of `bits` (1..16), whose three cells for a key lie in three
  * segments in a row. Building needs room for three numbers a cell, and fails with TERSE_EDATA where another seed is needed;
  * a query gives the values of the keys from `first` on, those of keys that were not given too. */
 TERSE_API int64_t terse_bloomier_build(const int64_t *keys, const uint16_t *values, int64_t n, int64_t seed, int64_t length,
@@ -165,4 +165,12 @@ TERSE_API int64_t terse_bloomier_build(const int64_t *keys, const uint16_t *valu
                                        uint32_t *queue);
 TERSE_API int64_t terse_bloomier_query(const uint16_t *cells, int64_t first, int64_t n, int64_t seed, int64_t length,
                                        int64_t windows, int32_t bits, uint16_t *out);
+
+/* ternary.py: 3LC (Lim, Andersen, Kaminsky 2019): B = values + residual to three values, quartic and zero-run encoding.
+ * `*scale` is the sparsity multiplier, 1 <= s < 2, and becomes M = s max|B|, or 0 where nothing was sent. The residual becomes
+ * B - M q, exactly. TERSE_ETYPE where B is not finite or M would not be; the residual is then as it was. `out` has room for
+ * (n + 4) / 5 bytes. */
+TERSE_API int64_t terse_threelc_encode(const float *values, float *residual, int64_t n, float *scale, uint8_t *out,
+                                       int64_t capacity);
+TERSE_API int64_t terse_threelc_decode(const uint8_t *in, int64_t length, const float *scale, int64_t n, float *out);
 #endif

@@ -28,7 +28,7 @@ from tersenet.container import (
     as_type,
 )
 from tersenet.decoding import decoded, sections_of
-from tersenet.header import File, Header, Memory, Source
+from tersenet.header import UPDATE, File, Header, Memory, Source
 from tersenet.packed import Array, Packed, Tree
 from tersenet.replacing import write_atomically
 from tersenet.writing import write
@@ -164,6 +164,8 @@ def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit
             file = File(stack.enter_context(Path(source).open("rb")))
             data = Memory(file.read(0, file.size)) if file.size <= SMALL else file  # as it is checked, so it is decoded
         header = Header.read(data, limit)
+        if UPDATE in header.sections:
+            raise FormatError("this is an update, not a network: terse patch OLD UPDATE -o NEW applies it")
         wanted = set(header.tensors if tensors is None else tensors)
         if missing := sorted(wanted - set(header.tensors)):
             raise KeyError(f"no tensor {missing[0]!r} in this file")

@@ -60,7 +60,8 @@ from tersenet.container import (
 )
 from tersenet.packed import DEEPEST, Packed, parts_of
 
-KNOWN = frozenset[str]()  # required sections that this version understands
+UPDATE = "update"  # the section of a file whose tensors are changes
+KNOWN = frozenset({UPDATE})  # required sections that this version understands
 MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of parts that do not belong together raises
 
 
