@@ -30,7 +30,7 @@ def rebuilt(plain: bytes, streams: bytes) -> bytes:
 
 def parts(file: bytes) -> tuple[bytes, bytes]:
     (length,) = struct.unpack("<I", file[6:10])
-    return _plain(file[PREAMBLE : PREAMBLE + length]), file[PREAMBLE + length : -FOOTER]
+    return _plain(file[PREAMBLE : PREAMBLE + length], 1 << 28), file[PREAMBLE + length : -FOOTER]
 
 
 def same(a: dict, b: dict) -> bool:

@@ -176,9 +176,10 @@ def _ledger(data: bytes) -> list[LedgerRow]:
     rows, seen = [], dict[int, str]()
     shrunk, pools = header.coded / max(header.plain, 1), {pool.form: pool for pool in header.pools}
     rules = header.meta.get("rules")
+    rules = rules if isinstance(rules, dict) else {}
     for name, tensor in header.tensors.items():
         shape, kinds, entry = tensor.tree.shape, _kinds(tensor.tree), header.entries[name]
-        note = _ruled(tensor.note, rules[name]) if isinstance(rules, dict) and name in rules else tensor.note
+        note = _ruled(tensor.note, rules[name]) if isinstance(rules.get(name), str) else tensor.note
         share = int(entry.header * shrunk)
         if id(tensor) in seen:
             rows.append(LedgerRow(name, "tied", shape, "", 0, 0, share, 0, None, f"tied to {seen[id(tensor)]}"))
@@ -200,11 +201,11 @@ def _ledger(data: bytes) -> list[LedgerRow]:
     return [*rows, LedgerRow("(file)", "", (), "", 0, 0, own, 0, None, "magic, version, lengths, checks, notes")]
 
 
-def _ruled(note: str, rule: Any) -> str:
+def _ruled(note: str, rule: str) -> str:
     """A note with the rule that it is due to, or beside which it stands."""
     if note.endswith("by a rule"):
-        return f"{note.removesuffix('a rule')}the rule {str(rule)!r}"
-    return f"{note}; by the rule {str(rule)!r}".removeprefix("; ")
+        return f"{note.removesuffix('a rule')}the rule {rule!r}"
+    return f"{note}; by the rule {rule!r}".removeprefix("; ")
 
 
 def _kinds(tree: Tree) -> str:

@@ -34,18 +34,22 @@ from tersenet.container import (
     KINDS,
     LARGE,
     MAGIC,
+    MANY,
     META_CAP,
     NAME_CAP,
+    NAMES_CAP,
     NODE,
     NONE,
     NOTES,
     NUMBER,
+    OBJECTS,
     POOLED,
     PREAMBLE,
     RANK_CAP,
     REQUIRED,
     SECTION_CAP,
     STAND_IN,
+    TENSOR,
     TEXT,
     VERSION,
     WIDTH,
@@ -137,7 +141,7 @@ class Header:
     sections: dict[str, SectionPlace]
     plain: int
     coded: int
-    needed: int  # bytes in memory once all is decoded and unpacked, and 8 for each integer of the longest stream
+    needed: int  # bytes in memory once all is decoded and unpacked, with what its largest stream takes beside
     total: int
 
     @staticmethod
@@ -155,16 +159,13 @@ class Header:
         coded = data.read(PREAMBLE, length)
         if zlib.crc32(preamble[:10] + coded) != crc:
             raise FormatError("the header is damaged: its checksum does not fit")
-        header = _parse(_plain(coded), PREAMBLE + length, length)
-        if header.total != data.size:
-            raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
         usual = max(ALWAYS, min(CEILING, EXPANSION * data.size), LARGE * data.size)
         allowed = usual if limit is None else limit
-        if header.needed > allowed:
-            raise FormatError(
-                f"the file would decode to {header.needed:,} bytes, over the limit of {allowed:,}:"
-                f" if you trust it, load(path, limit={header.needed})"
-            )
+        plain = _plain(coded, allowed)
+        header = _parse(plain, PREAMBLE + length, length, data.size)
+        if header.total != data.size:
+            raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
+        _allow(header.needed, allowed)
         return header
 
     def check_whole(self, data: Source) -> None:
@@ -179,14 +180,24 @@ class Header:
             raise FormatError("the file is damaged: its checksum does not fit")
 
 
-def _plain(coded: bytes) -> bytes:
+def _allow(needed: int, allowed: int) -> None:
+    if needed > allowed:
+        raise FormatError(
+            f"the file would decode to {needed:,} bytes, over the limit of {allowed:,}:"
+            f" if you trust it, load(path, limit={needed})"
+        )
+
+
+def _plain(coded: bytes, allowed: int) -> bytes:
+    """The header as it is parsed, if there is memory for what that makes of it."""
     if coded[:1] == b"\0":
+        _allow(OBJECTS * (len(coded) - 1), allowed)
         return coded[1:]
     if coded[:1] != b"\1":
         raise FormatError("the header is of an unknown kind")
     expander = zlib.decompressobj(-15)
     try:
-        plain = expander.decompress(coded[1:], expanded(len(coded) - 1))
+        plain = expander.decompress(coded[1:], max(1, min(expanded(len(coded) - 1), allowed // OBJECTS)))
     except zlib.error:
         raise FormatError("the header is damaged") from None
     if not expander.eof or expander.unused_data:
@@ -194,19 +205,22 @@ def _plain(coded: bytes) -> bytes:
     return plain
 
 
-def _parse(plain: bytes, offset: int, coded: int) -> Header:
+def _parse(plain: bytes, offset: int, coded: int, size: int) -> Header:
     parser = _Parser(plain, offset)
     count = parser.number()
-    if count > parser.left:
-        raise FormatError("the header says it has more tensors than it has bytes")
+    if count > min(parser.left, max(MANY, size // TENSOR)):
+        raise FormatError(f"the header says it has {count:,} tensors, too many for its bytes")
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Entry] = {}
     order: list[str] = []
-    name = b""
+    name, named = b"", 0
     for _ in range(count):
         begin = parser.at
         shared = parser.number(len(name) + 1)
         name = name[:shared] + parser.take(parser.number(NAME_CAP + 1 - shared))
+        named += len(name)
+        if named > NAMES_CAP:
+            raise FormatError(f"the names of the tensors have over {NAMES_CAP:,} bytes")
         try:
             text = name.decode()
         except UnicodeDecodeError:
@@ -229,12 +243,13 @@ def _parse(plain: bytes, offset: int, coded: int) -> Header:
     check = parser.take(4) if pools else bytes(4)
     try:
         meta = json.loads(parser.take(parser.number(META_CAP)) or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets in brackets
         raise FormatError("the header's notes are not JSON") from None
     sections = parser.sections() if parser.left else {}
     if parser.left or not isinstance(meta, dict):
         raise FormatError("the header is longer than its tensors")
-    sizes = len(plain), coded, parser.needed + 8 * parser.longest, parser.offset + FOOTER
+    needed = OBJECTS * len(plain) + parser.needed + parser.beside
+    sizes = len(plain), coded, needed, parser.offset + FOOTER
     return Header(tensors, entries, pools, int.from_bytes(check, "little"), meta, sections, *sizes)
 
 
@@ -243,7 +258,7 @@ class _Parser(Reader):
 
     def __init__(self, plain: bytes, offset: int) -> None:
         super().__init__(plain)
-        self.offset, self.needed, self.longest = offset, 0, 0
+        self.offset, self.needed, self.beside = offset, 0, 0
         self.promises: list[Promise] = []  # of the tensor that is read
         self.pooled: Counter[int] = Counter()  # how many values the pool of each format holds
         self.heads: dict[bytes, tuple[tuple[int, ...], int, int]] = {}  # of arrays that were read: shape, codec, size
@@ -281,7 +296,7 @@ class _Parser(Reader):
             kind = KINDS[tag - NODE]
             node = kind(*[self.value(depth + 1, nodes + 1) for _ in parts_of(kind)])
             node.check()
-            self.needed += 4 * math.prod(node.shape)
+            self.needed += 4 * node.room()
             return node
         if tag == NONE:
             return None
@@ -311,9 +326,13 @@ class _Parser(Reader):
         else:
             promise = Promise(shape, form, codec, self.number(), self.offset)
             self.offset += promise.length
-            self.longest = max(self.longest, size * INTEGERS[form])
+            self.streamed(form, codec, size)
         self.promises.append(promise)
         return promise
+
+    def streamed(self, form: int, codec: int, size: int) -> None:
+        """Count what decoding a stream takes beside its array."""
+        self.beside = max(self.beside, size * INTEGERS[form] * (24 if CODED[codec] == "context" else 8))
 
     def head(self) -> tuple[tuple[int, ...], int, int]:
         form, rank = self.take(2)
@@ -335,7 +354,7 @@ class _Parser(Reader):
                 raise FormatError("an array has an unknown codec")
             found.append(Promise((count,), form, codec, length, self.offset))
             self.offset += length
-            self.longest = max(self.longest, count * INTEGERS[form])
+            self.streamed(form, codec, count)
         return found
 
     def sections(self) -> dict[str, SectionPlace]:

@@ -21,6 +21,7 @@ Tree: TypeAlias = "Packed | Array"
 
 DEEPEST = 6  # slices of both channels, another order of axes, a transform, zeros, shared values
 WORK = 1 << 13  # products for each value of an einsum's result or factors, at most
+WHOLE_BLOCK = 1 << 8  # values of a block, over which the matrix of its transform would be larger than most weights
 _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
     np.float32
 )  # so that negative exponents count from its end
@@ -49,6 +50,10 @@ class Packed:
     def shape(self) -> tuple[int, ...]:
         """The shape that `unpack` gives, known without unpacking."""
         raise TypeError(f"{type(self).__name__} does not say its shape")
+
+    def room(self) -> int:
+        """How many floats `unpack` makes of its parts, known without unpacking."""
+        return math.prod(self.shape)
 
     def check(self) -> None:
         """Raises ValueError unless shapes and types fit together; looks at no value, so promises will do."""
@@ -192,6 +197,7 @@ class Sliced(Packed):
         _require(is_float_tree(self.child) and 0 <= self.axis < len(self.child.shape), "the axis is one of the child's")
         _require(is_integer(self.kept) and len(self.kept.shape) == 1, "kept is a vector of integers, or a mask")
         n = self.child.shape[self.axis]
+        _require(_is_shape(self.shape), "the axis is no longer than can be counted")
         fits = self.kept.shape[0] == (self.size if _is_mask(self.kept) else n)
         _require(fits and n <= self.size, "kept has the child's length, or the axis's")
 
@@ -212,9 +218,8 @@ class Factored(Packed):
 
     def unpack(self) -> Array:
         factors = [unpack(factor) for factor in self.factors]
-        terms, _, result = self.equation.replace("->", ",").rpartition(",")
         einsum = namespace(factors[0]).einsum
-        for step in contractions(terms.split(","), [factor.shape for factor in factors], result):
+        for step in self._steps():
             pair = [factors.pop(at) for at in step.operands]
             factors.append(einsum(step.equation, *pair))
         return factors[0].reshape(self.size)
@@ -222,6 +227,13 @@ class Factored(Packed):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.size)
+
+    def room(self) -> int:
+        return sum(step.size for step in self._steps())
+
+    def _steps(self) -> "list[Contraction]":
+        terms, _, result = self.equation.replace("->", ",").rpartition(",")
+        return contractions(terms.split(","), [factor.shape for factor in self.factors], result)
 
     def check(self) -> None:
         _require(isinstance(self.equation, str) and len(self.equation) <= 128, "the equation is a short text")
@@ -241,7 +253,7 @@ class Factored(Packed):
         _require(len(set(right)) == len(right) and set(right) <= set(extent), "the result's letters are known")
         _require(math.prod(extent[c] for c in right) == math.prod(self.size), "the result fills the shape")
         held = max(1, math.prod(self.size), *(math.prod(factor.shape) for factor in self.factors))
-        for step in contractions(terms, [factor.shape for factor in self.factors], right):
+        for step in self._steps():
             _require(step.work <= WORK * held and step.size <= 8 * held, "the equation's products are not too many")
 
 
@@ -279,6 +291,9 @@ class Transformed(Packed):
         coefficients = unpack(self.coefficients)
         xp = namespace(coefficients)
         height, width = self.shape[-2:]
+        if height * width > WHOLE_BLOCK:
+            rows, columns = (xp.asarray(dct(n).astype(np.float32)) for n in (height, width))
+            return rows.T @ coefficients @ columns
         kernel = xp.asarray(kernel_dct(height, width).astype(np.float32))
         return (coefficients.reshape(-1, height * width) @ kernel).reshape(self.shape)
 
@@ -340,7 +355,7 @@ def dct(n: int) -> Array:
     return matrix
 
 
-@functools.cache
+@functools.lru_cache(64)
 def kernel_dct(height: int, width: int) -> Array:
     """The two-dimensional DCT-II matrix [height * width] squared: coefficients = matrix @ kernel, both in C order."""
     matrix = np.kron(dct(height), dct(width))

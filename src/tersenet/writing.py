@@ -23,6 +23,7 @@ from tersenet.container import (
     MAGIC,
     META_CAP,
     NAME_CAP,
+    NAMES_CAP,
     NODE,
     NONE,
     NOTES,
@@ -68,6 +69,8 @@ def write(
             plain += _tensor_header(name, tensor, streams)
         first.setdefault(id(tensor), len(begun))
         begun.append(len(plain))
+    if sum(len(name.encode()) for name in tensors) > NAMES_CAP:
+        raise ValueError(f"the names of the tensors have over {NAMES_CAP:,} bytes")
     plain += streams.pools()
     meta = json.dumps(dict(notes), separators=(",", ":"), sort_keys=True).encode() if notes else b""
     if len(meta) >= META_CAP:
