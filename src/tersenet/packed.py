@@ -303,7 +303,7 @@ class Transformed(Packed):
 
     def check(self) -> None:
         _require(is_float_tree(self.coefficients) and len(self.shape) >= 2, "coefficients have two axes or more")
-        _require(max(self.shape[-2:]) <= 64, "a transformed block is at most 64 x 64")
+        _require(all(1 <= n <= 64 for n in self.shape[-2:]), "a transformed block is at least 1 x 1, at most 64 x 64")
 
 
 @dataclass(frozen=True, eq=False)

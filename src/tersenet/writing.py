@@ -21,6 +21,7 @@ from tersenet.container import (
     FORMATS,
     HEADER_CAP,
     MAGIC,
+    MANY,
     META_CAP,
     NAME_CAP,
     NAMES_CAP,
@@ -35,6 +36,7 @@ from tersenet.container import (
     REQUIRED,
     SECTION_CAP,
     STAND_IN,
+    TENSOR,
     TEXT,
     TUPLE,
     VERSION,
@@ -70,7 +72,7 @@ def write(
         first.setdefault(id(tensor), len(begun))
         begun.append(len(plain))
     if sum(len(name.encode()) for name in tensors) > NAMES_CAP:
-        raise ValueError(f"the names of the tensors have over {NAMES_CAP:,} bytes")
+        raise ValueError(f"the names of a file's tensors have at most {NAMES_CAP:,} bytes together")
     plain += streams.pools()
     meta = json.dumps(dict(notes), separators=(",", ":"), sort_keys=True).encode() if notes else b""
     if len(meta) >= META_CAP:
@@ -84,7 +86,10 @@ def write(
     head = MAGIC + bytes([VERSION]) + struct.pack("<I", len(coded))
     own = struct.pack("<I", zlib.crc32(head + coded))
     parts: list[bytes | bytearray] = [head, own, coded, streams.data]  # joined once: files are large
-    parts.append(struct.pack("<Q", sum(map(len, parts)) + FOOTER))
+    size = sum(map(len, parts)) + FOOTER
+    if len(tensors) > max(MANY, size // TENSOR):
+        raise ValueError(f"a file of {size:,} bytes holds at most {max(MANY, size // TENSOR):,} tensors")
+    parts.append(struct.pack("<Q", size))
     check = 0
     for part in parts:
         check = zlib.crc32(part, check)

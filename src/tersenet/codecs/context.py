@@ -182,7 +182,7 @@ class Batch:
             rows.append((begin, len(data), end, *walk, 0))
             begin += len(data)
             end += (math.prod(shape) * dtype.itemsize + 7) // 8 * 8
-            self.room = max(self.room, room)
+            self.room = max(self.room, room if math.prod(shape) else 0)  # an empty array is refused, however wide
         self.data, self.rows = b"".join([data for data, *_ in coded]), np.array(rows, np.int64)
         self.next, self.out = np.zeros(1, np.int32), np.empty(end, np.uint8)
 
