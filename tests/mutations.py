@@ -19,7 +19,20 @@ from tersenet import FormatError, load
 from tersenet.artifact import Artifact, Coding, Section, Tensor
 from tersenet.codecs import CODECS
 from tersenet.codecs.stream import Reader, Unsuited, put_number
-from tersenet.container import ALIAS, ARRAY, FOOTER, KINDS, NODE, NONE, NUMBER, POOLED, PREAMBLE, TEXT
+from tersenet.container import (
+    ALIAS,
+    ARRAY,
+    DTYPES,
+    FOOTER,
+    KINDS,
+    NODE,
+    NONE,
+    NUMBER,
+    POOLED,
+    PREAMBLE,
+    STAND_IN,
+    TEXT,
+)
 from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform, parts_of
 
 LIMIT = 1 << 24  # decoded bytes that a mutated file may have
@@ -311,7 +324,7 @@ def many_lanes() -> list[bytes]:
 
 
 def nests() -> list[bytes]:
-    """Files of trees with nodes in nodes, in every type, with notes, sections and tied names."""
+    """Files of every type, and of trees with nodes in nodes, with notes, sections and tied names."""
     found, rng = trees(), np.random.default_rng(5)
     mask = np.arange(40) % 5 == 0
     deep = Uniform(np.arange(-4, 4, dtype=np.int8), Sparse(np.arange(8) % 2 == 0, floats(4)))
@@ -325,7 +338,15 @@ def nests() -> list[bytes]:
         "frequencies": Transformed(Sliced(np.array([True, False, True]), floats(4, 2, 3), 1, 3)),
         "words": Codebook(np.zeros((3, 4), np.uint64), found["Uniform"]),
     }
-    files = []
+    wide, single = np.array([1, -2, 3] * 30), floats(70)
+    plain = {kind: Tensor(wide.astype(kind), kind) for kind in DTYPES if kind not in STAND_IN}
+    plain |= {
+        "bfloat16": Tensor(wide.astype(np.float32) * 2.0**99, "bfloat16"),
+        "e4m3": Tensor(np.ones(7, np.uint8), "float8_e4m3fn"),
+    }
+    plain |= {"float32 in float64": Tensor(single.astype(np.float64), "float64"), "float32": Tensor(single)}
+    plain |= {"float64 itself": Tensor(single.astype(np.float64) / 3, "float64")}
+    files = [Artifact(plain).to_bytes()]
     for dtype in ("float32", "float16", "float64", "bfloat16"):
         tensors = {f"layer.{name}": Tensor(tree, dtype, "", 0.25) for name, tree in nested.items()}
         tied = {"layer.tied": tensors["layer.deep"]}

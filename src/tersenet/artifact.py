@@ -188,7 +188,7 @@ def _ledger(data: bytes) -> list[LedgerRow]:
         parts = []  # codec, length, whether they are floats; of a pool the tensor's share
         for p in entry.promises:
             pool = pools[p.form] if p.codec == POOLED else p
-            length = p.length if pool is p else pool.length * p.size // pool.size
+            length = p.length if pool is p else pool.length * p.size // max(pool.size, 1)
             parts.append((CODED[pool.codec], length, p.dtype.kind == "f"))
         payload, tables = (sum(length for _, length, floats in parts if floats == kind) for kind in (False, True))
         used = "+".join(dict.fromkeys(codec for codec, *_ in sorted(parts, key=lambda part: -part[1])))

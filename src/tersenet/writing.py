@@ -53,6 +53,8 @@ def write(
     tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any], sections: Mapping[str, Section]
 ) -> bytes:
     """The whole file."""
+    if sum(len(name.encode()) for name in tensors) > NAMES_CAP:
+        raise ValueError(f"the names of a file's tensors have at most {NAMES_CAP:,} bytes together")
     plain, begun = bytearray(put_number(len(tensors))), list[int]()
     streams = _Streams(coding)
     streams.prepare([array for tensor in tensors.values() for _, array in arrays(tensor.tree)])
@@ -71,8 +73,6 @@ def write(
             plain += _tensor_header(name, tensor, streams)
         first.setdefault(id(tensor), len(begun))
         begun.append(len(plain))
-    if sum(len(name.encode()) for name in tensors) > NAMES_CAP:
-        raise ValueError(f"the names of a file's tensors have at most {NAMES_CAP:,} bytes together")
     plain += streams.pools()
     meta = json.dumps(dict(notes), separators=(",", ":"), sort_keys=True).encode() if notes else b""
     if len(meta) >= META_CAP:
