@@ -15,7 +15,7 @@ HEADER_CAP, NAMES_CAP, NAME_CAP, META_CAP, SECTION_CAP, RANK_CAP = 1 << 24, 1 <<
 # Decoded bytes: 256 MiB, or 1000 times the file up to 4 GiB, or 64 times a file that is larger.
 ALWAYS, EXPANSION, CEILING, LARGE = 1 << 28, 1000, 1 << 32, 64
 OBJECTS = 100  # bytes in memory, about, for each byte of the header
-MANY, TENSOR = 1 << 16, 16  # tensors, from which on a file has so many bytes for each
+MANY, EACH = 1 << 16, 16  # so many tensors; more have so many bytes of the file each
 ALIAS = 255
 POOLED_SIZE, POOLED_VECTOR = 64, 1024  # values of arrays, and of vectors, that share the stream of others
 

@@ -24,6 +24,7 @@ from tersenet.container import (
     CODED,
     DEFLATED,
     DTYPES,
+    EACH,
     EXPANSION,
     FLOATS,
     FOOTER,
@@ -49,7 +50,6 @@ from tersenet.container import (
     REQUIRED,
     SECTION_CAP,
     STAND_IN,
-    TENSOR,
     TEXT,
     VERSION,
     WIDTH,
@@ -208,7 +208,7 @@ def _plain(coded: bytes, allowed: int) -> bytes:
 def _parse(plain: bytes, offset: int, coded: int, size: int) -> Header:
     parser = _Parser(plain, offset)
     count = parser.number()
-    if count > min(parser.left, max(MANY, size // TENSOR)):
+    if count > min(parser.left, max(MANY, size // EACH)):
         raise FormatError(f"the header says it has {count:,} tensors, too many for its bytes")
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Entry] = {}

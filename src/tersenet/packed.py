@@ -21,7 +21,7 @@ Tree: TypeAlias = "Packed | Array"
 
 DEEPEST = 6  # slices of both channels, another order of axes, a transform, zeros, shared values
 WORK = 1 << 13  # products for each value of an einsum's result or factors, at most
-WHOLE_BLOCK = 1 << 8  # values of a block, over which the matrix of its transform would be larger than most weights
+WHOLE_BLOCK = 1 << 8  # values of a transformed block, up to which one matrix transforms it
 _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
     np.float32
 )  # so that negative exponents count from its end

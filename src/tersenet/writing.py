@@ -16,6 +16,7 @@ from tersenet.container import (
     CODED,
     DEFLATED,
     DTYPES,
+    EACH,
     FLOATS,
     FOOTER,
     FORMATS,
@@ -36,7 +37,6 @@ from tersenet.container import (
     REQUIRED,
     SECTION_CAP,
     STAND_IN,
-    TENSOR,
     TEXT,
     TUPLE,
     VERSION,
@@ -87,8 +87,8 @@ def write(
     own = struct.pack("<I", zlib.crc32(head + coded))
     parts: list[bytes | bytearray] = [head, own, coded, streams.data]  # joined once: files are large
     size = sum(map(len, parts)) + FOOTER
-    if len(tensors) > max(MANY, size // TENSOR):
-        raise ValueError(f"a file of {size:,} bytes holds at most {max(MANY, size // TENSOR):,} tensors")
+    if len(tensors) > max(MANY, size // EACH):
+        raise ValueError(f"a file of {size:,} bytes holds at most {max(MANY, size // EACH):,} tensors")
     parts.append(struct.pack("<Q", size))
     check = 0
     for part in parts:
