@@ -25,7 +25,7 @@
 #define TERSE_EBUILD -5 /* terse_abi() is 0 */
 
 /* Goes up with every change of what stands here, so that nobody calls a library that another header belongs to. */
-#define TERSE_ABI 1
+#define TERSE_ABI 2
 
 /* TERSE_ABI; or 0 where this build would code otherwise than all others: where a product is not rounded before anything is
  * added to it (compile with -ffp-contract=off, on 32-bit x86 with -msse2 -mfpmath=sse), or the highest byte lies first. */
@@ -141,4 +141,20 @@ TERSE_API int64_t terse_feedback(double *whitened, const double *lines, const do
 /* surgeon.py: removes `count` of n weights one by one, the cheapest first, from w and the inverse moment [n][n], both of
  * which are used up. */
 TERSE_API int64_t terse_surgeon(double *w, double *inverse, int64_t n, int64_t count, int32_t *order, double *costs);
+
+/* product.py: for each of n vectors [n][d] the number of its nearest codeword, the first among equals. Codewords lie in blocks
+ * of TERSE_NEAREST, [blocks][1 + d][TERSE_NEAREST]: half of each one's squared length, which is infinite behind the last, and
+ * its values. */
+#define TERSE_NEAREST 32
+TERSE_API int64_t terse_nearest(const float *vectors, int64_t n, int32_t d, const float *codewords, int32_t blocks,
+                                int32_t *index);
+
+/* hashing.py: a Bloomier filter of (windows + 2) * length cells of `bits` (1..16), whose three cells for a key lie in three
+ * segments in a row. Building needs room for three numbers a cell, and fails with TERSE_EDATA where another seed is needed;
+ * a query gives the values of the keys from `first` on, those of keys that were not given too. */
+TERSE_API int64_t terse_bloomier_build(const int64_t *keys, const uint16_t *values, int64_t n, int64_t seed, int64_t length,
+                                       int64_t windows, int32_t bits, uint16_t *cells, uint32_t *degree, uint32_t *alone,
+                                       uint32_t *queue);
+TERSE_API int64_t terse_bloomier_query(const uint16_t *cells, int64_t first, int64_t n, int64_t seed, int64_t length,
+                                       int64_t windows, int32_t bits, uint16_t *out);
 #endif

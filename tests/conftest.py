@@ -11,9 +11,10 @@ import pytest
 
 from tersenet import native
 from tersenet.artifact import Artifact, Coding, Section, Tensor
+from tersenet.bloomier import built
 from tersenet.codecs import CODECS
 from tersenet.codecs.trellis import NEXT
-from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform
+from tersenet.packed import Bloomier, Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform
 
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -60,6 +61,12 @@ def floats(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def bloomier(rng):
+    """Cells, codewords, bits, seed and length of a filter with a value for 20 of 120 places."""
+    cells, seed, length = built(np.sort(rng.choice(120, 20, False)), rng.integers(0, 5, 20), 6)
+    return cells.astype(np.uint8), floats(5), 6, seed, length
+
+
 def trees():
     """A tree of every kind of node, some nested."""
     rng = np.random.default_rng(1)
@@ -80,6 +87,7 @@ def trees():
         "Sliced": Sliced(np.array([0, 2, 5], np.uint8), floats(4, 3), 1, 7),
         "Factored": Factored("or,ri->oi", (floats(6, 2), Uniform(np.ones((2, 5), np.int8), scale)), (6, 5)),
         "Transformed": Transformed(Uniform(levels, scale, None, steps)),
+        "Bloomier": Bloomier(*bloomier(rng), (6, 20)),
         "Reshaped": Reshaped(Uniform(levels, floats(4, 1, 1, 1)), (2, 3, 2, 3, 3), (0, 2, 1, 3, 4), (6, 2, 3, 3)),
     }
 

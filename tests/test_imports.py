@@ -9,13 +9,14 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "", "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
+    "packed": "bloomier", "bloomier": "native",
+    "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
     "information": "",
     "task": "data cores", "likelihood": "task data", "allocators": "task journal budget",
     "codecs": "native", "container": "packed codecs cores", "header": "container packed codecs",
     "decoding": "container header packed codecs", "writing": "container packed codecs",
     "norms": "container", "artifact": "container header decoding writing packed codecs norms replacing realise",
-    "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
+    "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal", "journal": "replacing", "replacing": "",
     "run": "contract draft task artifact journal key origins data",
@@ -24,7 +25,7 @@ MAY = {
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
                     " likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
-              " tracing norms structure contract where statistics checkpoint key journal cores",
+              " tracing norms structure contract where statistics checkpoint key journal cores bloomier",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
     "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages"
                " strength task where",

@@ -8,6 +8,7 @@ from conftest import floats
 
 from tersenet.methods import chain
 from tersenet.methods.kmeans import KMeans, exact, lloyd
+from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude, kept_count, largest
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Sparse, arrays, check_tree, check_tree_values, unpack
@@ -18,6 +19,7 @@ RATES = {
     "kmeans-density": [KMeans(b, "density") for b in (2, 4, 6)],
     "kmeans-random": [KMeans(b, "random") for b in (2, 4, 6)],
     "kmeans-exact": [KMeans(b, "exact") for b in (1, 3, 5)],
+    "product": [Product(b, weighted=False) for b in (2, 4, 5)],
     "uniform": [Uniform(b) for b in (2, 4, 8, 12)],
     "uniform-row": [Uniform(b, by_row=True) for b in (2, 4, 8)],
     "chain": [chain(Magnitude(d), KMeans(4)) for d in (0.1, 0.5, 1.0)],

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from tersenet import bloomier
+
 Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that has its shape and dtype
 Tree: TypeAlias = "Packed | Array"
 
@@ -341,9 +343,55 @@ class Reshaped(Packed):
         _require(math.prod(self.split) == count == math.prod(self.size), "split and size hold the child's values")
 
 
+@dataclass(frozen=True, eq=False)
+class Bloomier(Packed):
+    """Values by position from a Bloomier filter: codewords[v] where v, the XOR of three cells and a mask, is one.
+
+    Places that no key stood for are zero, but for false positives (Reagen et al. 2018). `cells` [(windows + 2) *
+    length] have `bits` bits each; the three of a place lie in segments of `length` cells in a row.
+    """
+
+    cells: Array
+    codewords: Tree  # [k]
+    bits: int
+    seed: int
+    length: int
+    size: tuple[int, ...]
+
+    def unpack(self) -> Array:
+        codewords = unpack(self.codewords)
+        xp, number = namespace(codewords), self.numbers()
+        found = number < codewords.shape[0]
+        dense = xp.zeros(math.prod(self.size), dtype=codewords.dtype)
+        dense[xp.asarray(found)] = codewords[xp.asarray(number[found].astype(np.int64))]
+        return dense.reshape(self.size)
+
+    def numbers(self) -> Array:
+        """What the filter says to each place, uint16: a codeword's number, or one past all of them."""
+        cells = self.cells if _is_numpy(self.cells) else self.cells.cpu().numpy()
+        return bloomier.queried(cells, math.prod(self.size), self.seed, self.length, self.bits)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.size)
+
+    def check(self) -> None:
+        numbers = (self.bits, self.seed, self.length)
+        _require(all(isinstance(n, int) for n in numbers), "bits, seed and length are numbers")
+        _require(is_integer(self.cells) and len(self.cells.shape) == 1, "cells are a vector of integers")
+        _require(1 <= self.bits <= 16 and 0 <= self.seed < 1 << 62, "cells have 1 to 16 bits, and a seed at most 62")
+        _require(1 <= self.length <= 1 << 30 and self.cells.shape[0] < 1 << 31, "segments are short of 2^30 cells")
+        _require(
+            self.cells.shape[0] % self.length == 0 and self.cells.shape[0] >= 3 * self.length, "cells are segments"
+        )
+        _require(is_float_tree(self.codewords) and len(self.codewords.shape) == 1, "codewords are a float vector")
+        _require(self.codewords.shape[0] <= 1 << self.bits, "a codeword's number fits into a cell")
+        _require(_is_shape(self.size), "size is a shape")
+
+
 # The order is part of the file format: only ever append.
 NODES: dict[str, type[Packed]] = {
-    node.__name__: node for node in (Uniform, Codebook, Sparse, Sliced, Factored, Transformed, Reshaped)
+    node.__name__: node for node in (Uniform, Codebook, Sparse, Sliced, Factored, Transformed, Reshaped, Bloomier)
 }
 
 

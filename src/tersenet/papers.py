@@ -7,15 +7,19 @@ from tersenet.allocators.amc import AMC
 from tersenet.budget import Budget
 from tersenet.methods import Method, chain
 from tersenet.methods.kmeans import KMeans
+from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
 from tersenet.methods.uniform import Uniform
 from tersenet.run import Recipe, Stage
 from tersenet.stages.channels import SearchChannels
-from tersenet.stages.finetune import Finetune
+from tersenet.stages.finetune import Distill, Finetune
+from tersenet.stages.layerwise import Layerwise
+from tersenet.stages.levels import MLQ, SLQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
 from tersenet.stages.waterfill import Waterfill
+from tersenet.stages.weightless import Weightless
 
 
 def output_aware(budget: Budget | None = None, samples: int = 1024) -> Recipe:
@@ -104,6 +108,47 @@ def amc(macs: float = 0.5, episodes: int = 100, epochs: int = 0, seed: int = 0) 
     return search, Retrain("learning-rate", epochs, seed), Narrow()
 
 
+def bit_goes_down(
+    bits: int = 8, kernels: int = 1, feedback: bool = False, epochs: int = 1, final: int = 3, seed: int = 0
+) -> Recipe:
+    """And the Bit Goes Down (Stock et al. 2020): product quantization in the metric of each layer's inputs.
+
+    Layer by layer, each distilled by itself for `epochs`, then all codewords together for `final`. `kernels` 1 makes
+    the paper's small blocks, 2 its large ones. Layers of fewer than 1,000 weights stay dense. With `feedback` vectors
+    make up for the errors of those before them, which the paper has not.
+    """
+    method = Product(bits, kernels, feedback=feedback, seed=seed)
+    return (
+        Layerwise(None, (("least:1000", method),), seed=seed, distill=Distill(epochs, seed=seed) if epochs else None),
+        Distill(final, seed=seed),
+        Narrow(),
+    )
+
+
+def slq(bits: int = 5, rounds: int = 5, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Single-level quantization (Xu et al. 2018): 2^(bits - 1) + 1 values a layer, those that lose most first."""
+    return SLQ(bits, rounds, epochs, seed), Narrow()
+
+
+def mlq(rounds: int = 2, groups: int = 4, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Multi-level quantization (Xu et al. 2018): three values a layer, by parts of clusters and groups of layers."""
+    return MLQ(rounds, groups, epochs, seed), Narrow()
+
+
+def weightless(
+    density: float = 0.05, bits: int = 3, cells: int = 8, rounds: int = 5, epochs: int = 1, seed: int = 0
+) -> Recipe:
+    """Weightless (Reagen et al. 2018): pruned and clustered layers in Bloomier filters, retrained around what they err.
+
+    `density` of the weights survives and shares 2^`bits` values for each layer; filters have `cells` bits a cell.
+    """
+    return (
+        Prune(density, rounds, epochs, final=2 * epochs, seed=seed),
+        Weightless(bits, cells, tune=epochs, seed=seed),
+        Narrow(),
+    )
+
+
 def _rounds(density: float) -> int:
     if not 0 < density <= 1:
         raise ValueError(f"a density is in (0, 1], not {density}")
@@ -120,4 +165,8 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "exact-obs": exact_obs,
     "sparsegpt": sparsegpt,
     "amc": amc,
+    "bit-goes-down": bit_goes_down,
+    "slq": slq,
+    "mlq": mlq,
+    "weightless": weightless,
 }

@@ -45,6 +45,7 @@ from pydantic import (
 from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.methods import Chain, Method
 from tersenet.methods.kmeans import KMeans
+from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
 from tersenet.methods.surgeon import SparseGPT
 from tersenet.methods.transform import KernelDCT
@@ -52,12 +53,14 @@ from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
 from tersenet.run import Recipe
 from tersenet.stages.channels import Channels, DropDead, SearchChannels
-from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.layerwise import Layerwise
+from tersenet.stages.levels import MLQ, SLQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
 from tersenet.stages.waterfill import Waterfill
+from tersenet.stages.weightless import Weightless
 from tersenet.where import Where
 
 STAGES: dict[str, type] = {
@@ -69,6 +72,10 @@ STAGES: dict[str, type] = {
     "waterfill": Waterfill,
     "retrain": Retrain,
     "obs": OBS,
+    "distill": Distill,
+    "slq": SLQ,
+    "mlq": MLQ,
+    "weightless": Weightless,
     "train-levels": TrainLevels,
     "channels": Channels,
     "search-channels": SearchChannels,
@@ -77,6 +84,7 @@ STAGES: dict[str, type] = {
 METHODS: dict[str, type] = {
     "magnitude": Magnitude,
     "kmeans": KMeans,
+    "product": Product,
     "uniform": Uniform,
     "kernel-dct": KernelDCT,
     "sparsegpt": SparseGPT,

@@ -14,7 +14,7 @@ from tersenet.budget import Budget, UnmetBudget
 from tersenet.run import Recipe, Stage
 
 SETTINGS = ("density", "macs", "bits")  # the first that a recipe has is its own
-UNTRAINED = {"epochs": 0, "final": 0, "episodes": 1, "retrain": "none"}  # what makes a run a quick one
+UNTRAINED = {"epochs": 0, "final": 0, "tune": 0, "episodes": 1, "retrain": "none"}  # what makes a run a quick one
 RUNS, USED = 4, 0.97  # of the whole recipe at most, and the part of the budget from which on a file is good enough
 Found = TypeVar("Found")
 

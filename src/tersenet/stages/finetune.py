@@ -1,7 +1,8 @@
 """Train the float leaves of the trees, hold the integers: masked retraining, centroid tuning and scale learning alike.
 
 The gradient of a codeword is the SUM over its members, as Deep Compression has it (Han, Mao, Dally 2016, section 3.3):
-it falls out of differentiating `unpack`. Pruned weights have no leaf, so no momentum or weight decay can move them.
+it falls out of differentiating `unpack`. `Distill` takes the MEAN, as codewords that are vectors of many members need
+(Stock et al. 2020, section 3.3). Pruned weights have no leaf, so no momentum or weight decay can move them.
 
 `TrainLevels` trains the levels of `Uniform` nodes as well: a float weight stands behind each, is rounded on the way
 forward, and takes the gradient straight through (Bengio, Leonard, Courville 2013). Steps stay what the quantization
@@ -26,18 +27,33 @@ from tersenet.contract import DATA, Kind, check
 from tersenet.data import Stream, split_of
 from tersenet.draft import Draft
 from tersenet.norms import FOLDED, folded_norms
-from tersenet.packed import Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
-from tersenet.structure import is_plain, refilled
-from tersenet.task import Schedule, Task, duplicate, one_thread, progress
+from tersenet.packed import Codebook, Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
+from tersenet.structure import is_plain, refilled, support
+from tersenet.task import Schedule, Task, Teacher, duplicate, one_thread, progress
 
 
-def tune(draft: Draft, task: Task, schedule: Schedule, epochs: range, seed: int, label: str = "tuning") -> Draft:
+def tune(
+    draft: Draft,
+    task: Task,
+    schedule: Schedule,
+    epochs: range,
+    seed: int,
+    label: str = "tuning",
+    mean: bool = False,
+    held: Mapping[str, Any] | None = None,
+) -> Draft:
     """The draft with its trainable float leaves, biases and norms trained over `epochs` of the schedule.
 
     Buffers such as BatchNorm's running statistics follow, as in any training, but those of folded norms. What has
-    `requires_grad` False is left as it is. Raises ValueError where the loss stops being a number.
+    `requires_grad` False is left as it is. With `mean` the gradient of a codeword is the mean of its members'. Places
+    of plain weights where a mask in `held`, by name, is set keep their bits. Raises ValueError where the loss stops
+    being a number.
     """
-    return _trained(_Network(draft, task.device), task, schedule, epochs, seed, label)
+    if held is None:
+        network = _Shared(draft, task.device) if mean else _Network(draft, task.device)
+    else:
+        network = _Partly(draft, task.device, held)
+    return _trained(network, task, schedule, epochs, seed, label)
 
 
 def _trained(network: "_Network", task: Task, schedule: Schedule, epochs: range, seed: int, label: str) -> Draft:
@@ -51,8 +67,12 @@ def _trained(network: "_Network", task: Task, schedule: Schedule, epochs: range,
         optimizer = schedule.optimizer(network.leaves)
         whole = _Whole(duplicate(before.model).to(task.device).train(), task)
         for name, layer in whole.model.named_modules():
-            # Folded norms have no statistics to follow, nor have those of a network whose weights are levels.
-            still = isinstance(network, _Levels) and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            # Folded norms have no statistics to follow, nor have those of a network whose weights are levels, nor those
+            # that are not trained.
+            norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            still = norm and (
+                isinstance(network, _Levels) or (layer.affine and f"{name}.weight" not in before.trainable)
+            )
             if name in held or still:
                 layer.eval()
         called = whole.model, task.loss, task.augment, task.forward, task.teacher
@@ -263,6 +283,53 @@ class _Straight(Packed):
         return tuple(self.weight.shape)
 
 
+class _Shared(_Network):
+    """The same with the mean of its members' gradients for each codeword."""
+
+    def _tree(self, tree: Tree) -> Tree:
+        made = super()._tree(tree)
+        if isinstance(made, Codebook) and not isinstance(made.codewords, Packed):
+            count = torch.bincount(made.index.reshape(-1).long(), minlength=len(made.codewords)).clamp(min=1)
+            made.codewords.register_hook(lambda gradient: gradient / count[:, None])
+        return made
+
+
+class _Partly(_Network):
+    """The same with places of plain weights held, by name."""
+
+    def __init__(self, draft: Draft, device: str, held: Mapping[str, Any]) -> None:
+        self.free = {id(draft.tensors[name].tree): ~np.asarray(mask) for name, mask in held.items()}
+        super().__init__(draft, device)
+
+    def _tree(self, tree: Tree) -> Tree:
+        free = self.free.get(id(tree))
+        if free is None:
+            return super()._tree(tree)
+        dense = np.asarray(unpack(tree))
+        stays = free & support(tree)
+        return _Held(self._held("", stays), self._leaf("", dense[stays]), self._held("", dense), tree)
+
+    def _arrays(self, tree: Tree) -> Tree:
+        return refilled(tree.before, _numpy(tree.unpack())) if isinstance(tree, _Held) else super()._arrays(tree)
+
+
+@dataclass(frozen=True, eq=False)
+class _Held(Packed):
+    """Values where the mask is set, those of `dense` elsewhere; `before` is the tree that they stand for."""
+
+    mask: torch.Tensor
+    values: torch.Tensor
+    dense: torch.Tensor
+    before: Tree
+
+    def unpack(self) -> torch.Tensor:
+        return self.dense.masked_scatter(self.mask, self.values)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.dense.shape)
+
+
 class _Levels(_Network):
     """The same for `TrainLevels`: only what is quantized is trained, its levels too."""
 
@@ -306,6 +373,33 @@ class Finetune:
         rate = task.schedule.lr / 100 if self.lr is None else self.lr
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=rate, drops=(0.5,), weight_decay=0.0)
         return tune(draft, task, schedule, range(self.epochs), self.seed)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Train what the trees leave free towards the task's teacher or, where it has none, the network before compression.
+
+    The gradient of a codeword is the mean of its members', so that a rate serves clusters of any size.
+    """
+
+    epochs: int = 1
+    lr: float = 0.01
+    temperature: float = 1.0
+    mix: float = 1.0
+    seed: int = 0
+    requires: ClassVar[Mapping[Kind, str]] = {DATA: "trains the network: give a Task with training data"}
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        check([self], draft, task)
+        assert task is not None
+        return self.tuned(draft, task, "distilling")
+
+    def tuned(self, draft: Draft, task: Task, label: str) -> Draft:
+        """The draft with what is trainable of it trained."""
+        models = (duplicate(task.model).eval(),) if task.teacher is None else task.teacher.models
+        taught = replace(task, teacher=Teacher(models, self.temperature, self.mix))
+        schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=self.lr, drops=(0.5,), weight_decay=0.0)
+        return tune(draft, taught, schedule, range(self.epochs), self.seed, label, mean=True)
 
 
 @dataclass(frozen=True)
