@@ -12,7 +12,7 @@ from tersenet.codecs.context import encode_levels
 from tersenet.codecs.context_model import Model
 from tersenet.codecs.stream import put_number, zigzag
 from tersenet.container import ARRAY, KINDS, NODE, NONE, NUMBER, POOLED, TEXT, TUPLE
-from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform
+from tersenet.packed import Bloomier, Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform
 
 BOOL, U8, I8, F32, FLOAT32 = 0, 1, 2, 10, 10  # formats of arrays, and the type of a tensor
 LARGE = 1_000_000
@@ -162,6 +162,8 @@ def bombs() -> dict[str, bytes]:
     found["a mask of 2^34"] = file(node(Sparse, array((1 << 17, 1 << 17), BOOL), array((0,))))
     found["codewords of a million"] = file(node(Codebook, array((1 << 20,), U8), array((1, 1 << 20))))
     found["levels of 2^33 by one scale"] = file(node(Uniform, array((1 << 33,), U8), array(()), NOTHING, several()))
+    filtered = (number(4), number(1), number(1), shape(1 << 30))
+    found["a filter over 2^30 places"] = file(node(Bloomier, array((3,), U8), array((9,)), *filtered))
     found["reshaped to 2^50"] = file(node(Reshaped, array((1 << 50,)), shape(1 << 50), shape(0), shape(1 << 50)))
     found["transforms of 2^40"] = file(node(Transformed, array((1 << 27, 64, 64))))
     found["a thousand steps of a million"] = file(

@@ -375,6 +375,9 @@ class Bloomier(Packed):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.size)
 
+    def room(self) -> int:
+        return 4 * math.prod(self.size)  # numbers, which of them are found, and where their codewords are
+
     def check(self) -> None:
         numbers = (self.bits, self.seed, self.length)
         _require(all(isinstance(n, int) for n in numbers), "bits, seed and length are numbers")
@@ -386,7 +389,7 @@ class Bloomier(Packed):
         )
         _require(is_float_tree(self.codewords) and len(self.codewords.shape) == 1, "codewords are a float vector")
         _require(self.codewords.shape[0] <= 1 << self.bits, "a codeword's number fits into a cell")
-        _require(_is_shape(self.size), "size is a shape")
+        _require(_is_shape(self.size) and math.prod(self.size) < 1 << 31, "size is a shape short of 2^31 places")
 
 
 # The order is part of the file format: only ever append.
