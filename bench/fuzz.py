@@ -78,13 +78,14 @@ def looked_at(cases: int, first: int, bounded: bool = True) -> dict[str, Any]:
     """All cases, spread over the cores; stops with the number of a case that ends otherwise."""
     corpus()  # which the children then share
     cores = min(os.cpu_count() or 1, cases)
-    found: Queue[dict[str, int]] = multiprocessing.Queue()
+    fork = multiprocessing.get_context("fork")  # children have the files, and the core that was put in place
+    found: Queue[dict[str, int]] = fork.Queue()
     begun, kinds = time.time(), collections.Counter[str]()
     children = []
     for k in range(cores):
-        current = multiprocessing.Value("q", first)
+        current = fork.Value("q", first)
         part = range(first + k, first + cases, cores)
-        child = multiprocessing.Process(target=worker, args=(part, found, current, bounded), daemon=True)
+        child = fork.Process(target=worker, args=(part, found, current, bounded), daemon=True)
         child.start()
         children.append((child, current))
     left = cores
