@@ -11,8 +11,19 @@ from tersenet.codecs import CODECS
 from tersenet.codecs.context import encode_levels
 from tersenet.codecs.context_model import Model
 from tersenet.codecs.stream import put_number, zigzag
-from tersenet.container import ARRAY, KINDS, NODE, NONE, NUMBER, POOLED, TEXT, TUPLE
-from tersenet.packed import Bloomier, Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform
+from tersenet.container import ARRAY, KINDS, NODE, NONE, NUMBER, POOLED, SHARED, TEXT, TUPLE
+from tersenet.packed import (
+    Bloomier,
+    Codebook,
+    Factored,
+    Hashed,
+    Lattice,
+    Reshaped,
+    Sliced,
+    Sparse,
+    Transformed,
+    Uniform,
+)
 
 BOOL, U8, I8, F32, FLOAT32 = 0, 1, 2, 10, 10  # formats of arrays, and the type of a tensor
 LARGE = 1_000_000
@@ -56,13 +67,20 @@ def shape(*extents: int) -> Parts:
 NOTHING = [raw(NONE)]
 
 
-def file(*trees: Parts, dtype: int = FLOAT32, pool: Parts = (), notes: bytes = b"", more: Parts = ()) -> bytes:
+def file(
+    *trees: Parts,
+    dtype: int = FLOAT32,
+    pool: Parts = (),
+    notes: bytes = b"",
+    more: Parts = (),
+    form: str = "deflated",
+) -> bytes:
     """A file of tensors with these trees."""
     parts = [Part("number", len(trees))]
     for k, tree in enumerate(trees):
         parts += [Part("number", 0), Part("text", str(k).encode()), raw(dtype), raw(0, 0, 0x7E), *tree]
         parts.append(Part("check", False))
-    return put_together([*parts, *pool, Part("text", notes), *more], deflated=True)
+    return put_together([*parts, *pool, Part("text", notes), *more], form)
 
 
 def section(name: bytes, plain: int, coded: bytes) -> Parts:
@@ -122,6 +140,14 @@ def bombs() -> dict[str, bytes]:
         for name, stream in endless()
     }
     found["2^40 in one axis"] = file(array((1 << 40,)))
+    found["2^40 in one axis of a small file"] = file(array((1 << 40,)), form="small")
+    found["a small file whose header expands 1000:1"] = framed(deflated(1 << 25), b"", small=True)
+    found["a thousand trees of one array"] = file(
+        array((1 << 20,)), *[[raw(SHARED), Part("number", 0)]] * 1000, form="small"
+    )
+    hashed = (number(1), shape(1 << 28))
+    found["a hundred million places of one bucket"] = file(node(Hashed, array((1,)), *hashed))
+    found["a lattice of 2^28"] = file(node(Lattice, array((1 << 28,)), number(0), number(1), number(1), shape(1 << 28)))
     found["a product past 64 bits"] = file(array((1 << 40, 1 << 40)))
     found["huge beside zero"] = file(array((0, 1 << 62)))
     found["a row of 11 million"] = file(array((11_000_001,), U8, "context", b"\0\0\1\0"), dtype=U8)

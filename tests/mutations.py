@@ -22,6 +22,7 @@ from tersenet.codecs.stream import Reader, Unsuited, put_number
 from tersenet.container import (
     ALIAS,
     ARRAY,
+    DICTIONARY,
     DTYPES,
     FOOTER,
     KINDS,
@@ -30,6 +31,10 @@ from tersenet.container import (
     NUMBER,
     POOLED,
     PREAMBLE,
+    SHARED,
+    SMALL,
+    SMALL_FOOTER,
+    SMALL_VERSION,
     STAND_IN,
     TEXT,
 )
@@ -80,10 +85,12 @@ def taken_apart(file: bytes) -> Whole:
 
 class _Apart:
     def __init__(self, file: bytes) -> None:
-        (length,) = struct.unpack("<I", file[6:10])
-        coded = file[PREAMBLE : PREAMBLE + length]
-        self.reader = Reader(zlib.decompress(coded[1:], -15) if coded[0] else coded[1:])
-        self.streams = Reader(file[PREAMBLE + length : -FOOTER])
+        coded, streams, self.small = opened(file)
+        if self.small:
+            plain = zlib.decompressobj(-15, DICTIONARY).decompress(coded)
+        else:
+            plain = zlib.decompress(coded[1:], -15) if coded[0] else coded[1:]
+        self.reader, self.streams = Reader(plain), Reader(streams)
         self.parts, self.values, self.names, self.pooled = (
             list[Part](),
             list[tuple[int, int]](),
@@ -108,7 +115,7 @@ class _Apart:
         self.take("stream", self.streams.take(self.reader.number()))
 
     def check(self, always: bool, held: bool = True) -> None:
-        self.reader.take(4 * held)
+        self.reader.take(0 if self.small else 4 * held)
         self.take("check", always)
 
     def tensors(self) -> None:
@@ -130,6 +137,8 @@ class _Apart:
             self.number()
         elif tag == TEXT:
             self.text()
+        elif tag == SHARED:
+            self.number()
         elif tag == ARRAY:
             form, rank = self.byte(), self.byte()
             for _ in range(rank):
@@ -159,8 +168,17 @@ class _Apart:
             self.check(True)
 
 
-def put_together(parts: list[Part], deflated: bool = False) -> bytes:
-    """The file of these parts, with the checksums of what it holds."""
+def opened(file: bytes) -> tuple[bytes, bytes, bool]:
+    """The header as it is coded and the streams of a valid file, and whether it is of the smaller form."""
+    if file[5] == SMALL_VERSION:
+        reader = Reader(file[:-SMALL_FOOTER], 6)
+        return reader.take(reader.number()), reader.rest(), True
+    (length,) = struct.unpack("<I", file[6:10])
+    return file[PREAMBLE : PREAMBLE + length], file[PREAMBLE + length : -FOOTER], False
+
+
+def put_together(parts: list[Part], form: str = "plain") -> bytes:
+    """The file of these parts with the checksums of what it holds; its form is "plain", "deflated" or "small"."""
     plain, streams, checked = bytearray(), bytearray(), 0
     for part in parts:
         if part.kind == "number":
@@ -172,18 +190,22 @@ def put_together(parts: list[Part], deflated: bool = False) -> bytes:
         elif part.kind == "stream":
             plain += put_number(len(part.value) if part.told is None else part.told)
             streams += part.value
-        else:
+        elif form != "small":
             if part.value or len(streams) > checked:
                 plain += struct.pack("<I", zlib.crc32(streams[checked:]))
             checked = len(streams)
-    if deflated:
-        shrinker = zlib.compressobj(6, zlib.DEFLATED, -15)
-        return framed(b"\1" + shrinker.compress(plain) + shrinker.flush(), bytes(streams))
-    return framed(b"\0" + bytes(plain), bytes(streams))
+    if form == "plain":
+        return framed(b"\0" + bytes(plain), bytes(streams))
+    shrinker = zlib.compressobj(6, zlib.DEFLATED, -15, 8, 0, DICTIONARY if form == "small" else b"")
+    deflated = shrinker.compress(plain) + shrinker.flush()
+    return framed(deflated if form == "small" else b"\1" + deflated, bytes(streams), form == "small")
 
 
-def framed(coded: bytes, streams: bytes) -> bytes:
+def framed(coded: bytes, streams: bytes, small: bool = False) -> bytes:
     """A file around a header as it is coded and streams, its own checksums right."""
+    if small:
+        body = b"TERSE\2" + put_number(len(coded)) + coded + streams
+        return body + struct.pack("<I", zlib.crc32(body))
     head = b"TERSE\1" + struct.pack("<I", len(coded))
     body = head + struct.pack("<I", zlib.crc32(head + coded)) + coded + streams
     body += struct.pack("<Q", len(body) + FOOTER)
@@ -231,18 +253,17 @@ def mutated(number: int, seed: int = 0) -> tuple[bytes, str]:
     parts, values, names = rng.choice(files)
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 5))):
         parts = changed(rng, parts, values if len(parts) >= max(end for _, end in values) else [(1, len(parts))])
-    name = rng.choice(names)
+    name, kept = rng.choice(names), sum(len(part.value) for part in parts if part.kind == "stream")
+    file = put_together(parts, rng.choice(("plain", "deflated", "small", "small") if kept < SMALL // 2 else ("plain",)))
     if rng.random() < 0.9:
-        return put_together(parts, rng.random() < 0.2), name
-    file = put_together(parts, rng.random() < 0.5)
-    (length,) = struct.unpack("<I", file[6:10])
-    coded, streams = file[PREAMBLE : PREAMBLE + length], file[PREAMBLE + length : -FOOTER]
+        return file, name
+    coded, streams, small = opened(file)
     match rng.randrange(3):
         case 0:
-            return framed(changed_bytes(rng, coded, [streams]), streams), name
+            return framed(changed_bytes(rng, coded, [streams]), streams, small), name
         case 1:
-            return framed(coded, changed_bytes(rng, streams, [coded])), name
-    return changed_bytes(rng, file[: PREAMBLE + 4], [file]) + file[PREAMBLE + 4 :], name
+            return framed(coded, changed_bytes(rng, streams, [coded]), small), name
+    return changed_bytes(rng, file[:18], [file]) + file[18:], name
 
 
 def changed(rng: random.Random, parts: list[Part], values: list[tuple[int, int]]) -> list[Part]:
@@ -265,11 +286,8 @@ def changed(rng: random.Random, parts: list[Part], values: list[tuple[int, int]]
         return parts[:begin] + taken + parts[end:]
     if kind == "part":
         at = rng.randint(1, len(parts))
-        return (
-            parts[:at]
-            + rng.choice(([], parts[at : at + 1] * 2, [rng.choice(parts)], [rng.choice(other)]))
-            + parts[at + 1 :]
-        )
+        new = rng.choice(([], parts[at : at + 1] * 2, [rng.choice(parts)], [rng.choice(other)]))
+        return parts[:at] + new + parts[at + 1 :]
     found = [at for at, part in enumerate(parts) if part.kind == kind]
     if not found:
         return parts

@@ -21,17 +21,19 @@ from tersenet.methods.sparse import Magnitude
 from tersenet.methods.surgeon import SparseGPT
 from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
-from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, unpack
+from tersenet.packed import Codebook, Factored, Hashed, Reshaped, Sliced, Sparse, Transformed, unpack
 from tersenet.packed import Uniform as UniformNode
 from tersenet.recipe_file import STAGES
 from tersenet.run import run
 from tersenet.stages.channels import Channels, DropDead, Plan, SearchChannels
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
+from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import MLQ, SLQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.stages.universal import Universal
 from tersenet.stages.waterfill import Waterfill
 from tersenet.stages.weightless import Weightless, filtered
 from tersenet.structure import kept_places, nodes, sliced, support
@@ -99,6 +101,8 @@ def drafts(task):
         "Reshaped(Uniform)": packed_as(dense, lambda w: turned(w, levels.pack)),
         "Factored": packed_as(dense, low_rank),
         "Bloomier": packed_as(sparse, lambda w: filtered(Sparse(w != 0, w[w != 0]), 3, 8)),
+        "Lattice": Universal(4)(sparse, None),
+        "Hashed": packed_as(dense, lambda w: Hashed(np.ones(5, np.float32), 3, w.shape)),
         "folded": folded(dense, task, task.calibration(32))[0],
         "waterfilled": Waterfill(0.01, samples=64)(dense, task),
     }  # fmt: skip
@@ -127,6 +131,8 @@ WORK = {
     "distill": (Distill(1), Distill(0)),
     "slq": (SLQ(3, 2), None),
     "mlq": (MLQ(2, 2), None),
+    "universal": (Universal(5, 2), None),
+    "hash": (Hash(0.25, epochs=1), None),
     "weightless": (Weightless(2, 6), None),
     "train-levels": (TrainLevels(1), TrainLevels(0)),
     "narrow": (Narrow(), Narrow()),
@@ -136,7 +142,7 @@ KINDS = (
     "dense", "Sparse", "Sliced", "Sliced(Sparse)", "Codebook", "Codebook of vectors", "Sparse(Codebook)",
     "Sliced(Codebook)", "Uniform",
     "Transformed(Uniform)", "Sliced(Transformed(Uniform))", "Reshaped", "Reshaped(Sparse)", "Reshaped(Uniform)",
-    "Factored", "Bloomier", "folded", "waterfilled",
+    "Factored", "Bloomier", "Lattice", "Hashed", "folded", "waterfilled",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "bloomier", "bloomier": "native",
+    "packed": "bloomier splitmix", "bloomier": "native splitmix", "splitmix": "",
     "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
     "information": "",
     "task": "data cores", "likelihood": "task data", "allocators": "task journal budget",
@@ -25,7 +25,7 @@ MAY = {
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
                     " likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
-              " tracing norms structure contract where statistics checkpoint key journal cores bloomier",
+              " tracing norms structure contract where statistics checkpoint key journal cores bloomier splitmix",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
     "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages"
                " strength task where",

@@ -6,10 +6,11 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.budget import UnmetBudget
+from tersenet.methods.uniform import Uniform
 from tersenet.stages.channels import Channels
-from tersenet.stages.pack import Narrow
+from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune
-from tersenet.strength import meeting, setting, stronger
+from tersenet.strength import keeping, meeting, setting, stronger
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,32 @@ def test_searched_channels_meet_a_size_or_say_so(task, tmp_path):
     assert result.artifact.nbytes <= 2500
     with pytest.raises(UnmetBudget, match="of the recipe's macs"):
         tn.compress(task, recipe, tn.Budget(size=150), folder=tmp_path)
+
+
+def test_a_drop_is_kept_at_the_strongest_setting_found():
+    def tried(least, recipe, name="density"):
+        seen = []
+
+        def run(stages):
+            seen.append(getattr(stages[0], name))
+            return seen[-1] >= least, seen[-1]
+
+        return keeping(recipe, run), seen
+
+    found, seen = tried(0.3, (Prune(0.5),))
+    assert seen[0] == 0.5 and len(seen) == 4 and found == min(s for s in seen if s >= 0.3) < 0.5
+    found, seen = tried(0.9, (Prune(0.5),))  # not even the weakest that was tried
+    assert found == max(seen) < 0.9
+    found, seen = tried(0.6, (Prune(0.5),))
+    assert 0.6 <= found == min(s for s in seen if s >= 0.6)
+    found, seen = tried(5, (Uniform(8),), "bits")
+    assert len(seen) == len(set(seen)) and found == min(b for b in seen if b >= 5)
+
+
+def test_a_recipe_and_a_drop_end_in_a_smaller_file_than_the_recipe_alone(task, tmp_path):
+    """Rounding to 8 bits loses nothing that a drop of 60 points of a random network would not allow."""
+    recipe = (Pack(Uniform(8)), Narrow())
+    whole = tn.compress(task, recipe, folder=tmp_path)
+    less = tn.compress(task, recipe, tn.Budget(drop=60), folder=tmp_path)
+    assert less.artifact.nbytes < 0.6 * whole.artifact.nbytes
+    assert less.choice is not None and less.choice.before - less.choice.after <= 0.6

@@ -12,9 +12,10 @@ from test_stages import make_task
 
 import tersenet as tn
 from tersenet import native
-from tersenet.bloomier import built, mixed, queried
+from tersenet.bloomier import built, queried
 from tersenet.draft import Draft
 from tersenet.packed import Bloomier, Sparse, unpack
+from tersenet.splitmix import mixed
 from tersenet.stages.prune import Prune
 from tersenet.stages.weightless import Weightless, filtered
 

@@ -14,7 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tersenet.codecs.stream import FormatError
-from tersenet.container import CODED, DTYPES, FLOATS, FORMATS, POOLED, STAND_IN, Coding, Section, Tensor, as_type
+from tersenet.container import (
+    CODED,
+    DTYPES,
+    FLOATS,
+    FORMATS,
+    POOLED,
+    SMALL,
+    STAND_IN,
+    Coding,
+    Section,
+    Tensor,
+    as_type,
+)
 from tersenet.decoding import decoded, sections_of
 from tersenet.header import File, Header, Memory, Source
 from tersenet.packed import Array, Packed, Tree
@@ -149,7 +161,8 @@ def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit
         if isinstance(source, bytes):
             data: Source = Memory(source)
         else:
-            data = File(stack.enter_context(Path(source).open("rb")))
+            file = File(stack.enter_context(Path(source).open("rb")))
+            data = Memory(file.read(0, file.size)) if file.size <= SMALL else file  # as it is checked, so it is decoded
         header = Header.read(data, limit)
         wanted = set(header.tensors if tensors is None else tensors)
         if missing := sorted(wanted - set(header.tensors)):
@@ -185,8 +198,9 @@ def _ledger(data: bytes) -> list[LedgerRow]:
             rows.append(LedgerRow(name, "tied", shape, "", 0, 0, share, 0, None, f"tied to {seen[id(tensor)]}"))
             continue
         seen[id(tensor)] = name
+        stored = [p for p in entry.promises if p.owner == name]
         parts = []  # codec, length, whether they are floats; of a pool the tensor's share
-        for p in entry.promises:
+        for p in stored:
             pool = pools[p.form] if p.codec == POOLED else p
             length = p.length if pool is p else pool.length * p.size // max(pool.size, 1)
             parts.append((CODED[pool.codec], length, p.dtype.kind == "f"))

@@ -12,32 +12,19 @@ from typing import Any
 import numpy as np
 
 from tersenet import native
+from tersenet.splitmix import below, mixed
 
 Array = Any
 TRIES = 8  # seeds for each number of cells
 FACTORS = (1.125, 1.14, 1.16, 1.18, 1.2, 1.23, 1.26, 1.3, 1.35, 1.4, 1.5, 1.7, 2.0, 3.0)  # cells a key
-GOLDEN, FIRST, SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def mixed(x: Array) -> Array:
-    """splitmix64 (Steele, Lea, Flood 2014) of uint64."""
-    with np.errstate(over="ignore"):
-        x = x + GOLDEN
-        x = (x ^ x >> np.uint64(30)) * FIRST
-        x = (x ^ x >> np.uint64(27)) * SECOND
-    return x ^ x >> np.uint64(31)
-
-
-def _below(bits: Array, n: int) -> Array:
-    return (bits & np.uint64(0xFFFFFFFF)) * np.uint64(n) >> np.uint64(32)
 
 
 def cells_of(keys: Array, seed: int, length: int, windows: int) -> tuple[Array, Array]:
     """The three cells [n, 3] of each key and the bits of its mask."""
     first = mixed(keys.astype(np.uint64) ^ mixed(np.uint64(seed)))
     second = mixed(first)
-    begin = _below(first >> np.uint64(32), windows) * np.uint64(length)
-    within = [_below(bits, length) for bits in (first, second >> np.uint64(32), second)]
+    begin = below(first >> np.uint64(32), windows) * np.uint64(length)
+    within = [below(bits, length) for bits in (first, second >> np.uint64(32), second)]
     cells = np.stack([begin + np.uint64(k * length) + part for k, part in enumerate(within)], 1)
     return cells.astype(np.int64), mixed(second)
 

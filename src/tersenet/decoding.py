@@ -2,7 +2,7 @@
 
 import zlib
 from _thread import start_new_thread
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -20,6 +20,7 @@ from tersenet.container import (
     WIDTH,
     Section,
     Tensor,
+    inflated,
 )
 from tersenet.header import Header, Promise, Source
 from tersenet.packed import Array, Packed, parts_of
@@ -33,17 +34,12 @@ def sections_of(header: Header, data: Source) -> dict[str, Section]:
     found: dict[str, Section] = {}
     for name, held in header.sections.items():
         coded = data.read(held.offset, held.length)
-        if zlib.crc32(coded) != held.check:
+        if held.check is not None and zlib.crc32(coded) != held.check:
             raise FormatError(f"the section {name!r} is damaged")
         if held.flags & DEFLATED:
-            expander = zlib.decompressobj(-15)
-            try:
-                plain = expander.decompress(coded, held.plain + 1)
-            except zlib.error:
-                raise FormatError(f"the section {name!r} is damaged") from None
-            if len(plain) != held.plain or not expander.eof or expander.unused_data:
-                raise FormatError(f"the section {name!r} is damaged")
-            coded = plain
+            coded = _named(f"the section {name!r}", inflated, coded, held.plain)
+        if len(coded) != held.plain:
+            raise FormatError(f"the section {name!r} is damaged")
         found[name] = Section(coded, bool(held.flags & REQUIRED))
     return found
 
@@ -51,34 +47,35 @@ def sections_of(header: Header, data: Source) -> dict[str, Section]:
 def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Tensor]:
     """The named tensors with their arrays; tied names share one."""
     unique = {id(header.tensors[name]): name for name in reversed(names)}.values()
+    wanted = {id(p): p for name in unique for p in header.entries[name].promises}
     coded: list[Job] = []
-    if any(p.codec == POOLED for name in unique for p in header.entries[name].promises):
+    if any(p.codec == POOLED for p in wanted.values()):
         coded += _streams("(small arrays)", header.pools, header.pools_check, data)
-    for name in unique:
-        coded += _streams(name, header.entries[name].promises, header.entries[name].check, data)
+    for name in dict.fromkeys(p.owner for p in wanted.values() if p.codec != POOLED):
+        entry = header.entries[name]
+        own = [p for p in entry.promises if p.codec != POOLED and p.owner == name]
+        coded += [job for job in _streams(name, own, entry.check, data) if id(job[1]) in wanted]
     arrays = _arrays(coded)
     pools = {pool.form: arrays[id(pool)] for pool in header.pools if id(pool) in arrays}
+    for key, p in wanted.items():
+        if p.codec == POOLED:
+            arrays[key] = pools[p.form][p.offset : p.offset + p.size].reshape(p.shape)
     found: dict[int, Tensor] = {}
     for name in unique:
         tensor = header.tensors[name]
-        ready = [
-            arrays[id(p)] if p.codec != POOLED else pools[p.form][p.offset : p.offset + p.size].reshape(p.shape)
-            for p in header.entries[name].promises
-        ]
         try:
-            tree = _filled(tensor.tree, iter(ready))
+            tree = _filled(tensor.tree, arrays)
         except ValueError as wrong:
             raise FormatError(f"{name}: {wrong}") from None
         found[id(tensor)] = Tensor(tree, tensor.dtype, tensor.note, tensor.error)
     return {name: found[id(header.tensors[name])] for name in names}
 
 
-def _streams(name: str, promises: list[Promise], check: int, data: Source) -> list[Job]:
-    """The arrays that have bytes of their own, which lie side by side in the file."""
-    own = [p for p in promises if p.codec != POOLED]
-    first = own[0].offset if own else 0
+def _streams(name: str, own: list[Promise], check: int | None, data: Source) -> list[Job]:
+    """The streams of arrays, which lie side by side in the file."""
+    first = own[0].offset
     whole = data.read(first, sum([p.length for p in own]))
-    if zlib.crc32(whole) != check:
+    if check is not None and zlib.crc32(whole) != check:
         raise FormatError(f"{name}: its bytes are damaged")
     return [(name, p, whole[p.offset - first : p.offset - first + p.length]) for p in own]
 
@@ -120,24 +117,24 @@ def _arrays(coded: list[Job]) -> dict[int, Array]:
     return found
 
 
-def _filled(tree: Any, ready: Iterator[Array]) -> Any:
-    """The tree with the next array in place of each promise, in the order in which they were parsed.
+def _filled(tree: Any, arrays: Mapping[int, Array]) -> Any:
+    """The tree with the array in place of each promise, by the promise's id.
 
     Raises ValueError where integers point at what is not there.
     """
     if isinstance(tree, Promise):
-        return next(ready)
+        return arrays[id(tree)]
     if isinstance(tree, Packed):
-        node = type(tree)(*[_filled(getattr(tree, part), ready) for part in parts_of(type(tree))])
+        node = type(tree)(*[_filled(getattr(tree, part), arrays) for part in parts_of(type(tree))])
         node.check_values()
         return node
-    return tuple([_filled(value, ready) for value in tree]) if isinstance(tree, tuple) else tree
+    return tuple([_filled(value, arrays) for value in tree]) if isinstance(tree, tuple) else tree
 
 
 BROKEN = (ValueError, OverflowError, IndexError, MemoryError)  # what decoding garbled bytes may raise
 
 
-def _named(name: str, decode: Callable[..., Array], *given: Any) -> Array:
+def _named(name: str, decode: Callable[..., Any], *given: Any) -> Any:
     """What `decode` returns; bad bytes raise `FormatError` with the tensor's name."""
     try:
         return decode(*given)

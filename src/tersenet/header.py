@@ -23,6 +23,7 @@ from tersenet.container import (
     CEILING,
     CODED,
     DEFLATED,
+    DICTIONARY,
     DTYPES,
     EACH,
     EXPANSION,
@@ -49,12 +50,17 @@ from tersenet.container import (
     RANK_CAP,
     REQUIRED,
     SECTION_CAP,
+    SHARED,
+    SMALL,
+    SMALL_FOOTER,
+    SMALL_VERSION,
     STAND_IN,
     TEXT,
     VERSION,
     WIDTH,
     Tensor,
     expanded,
+    inflated,
 )
 from tersenet.packed import DEEPEST, Packed, parts_of
 
@@ -66,9 +72,11 @@ MISFIT = (ValueError, TypeError, AttributeError, IndexError)  # what a node of p
 class Promise:
     """An array that is not decoded yet: what the header says of it and where its bytes are.
 
-    Where `codec` is POOLED it is part of the pool of its format, from the value `offset` on.
+    Where `codec` is POOLED it is part of the pool of its format, from the value `offset` on; else its bytes are among
+    those of the tensor `owner`, the first that holds it.
     """
 
+    owner: str
     shape: tuple[int, ...]
     form: int
     codec: int
@@ -119,15 +127,15 @@ class SectionPlace:
     plain: int
     length: int
     offset: int
-    check: int
+    check: int | None
 
 
 @dataclass(slots=True)
 class Entry:
-    """What the header says of a tensor's bytes: its arrays in the order of the file, CRC-32 of its own streams."""
+    """What the header says of a tensor's bytes: its arrays in the order of its tree, CRC-32 of its own streams."""
 
     promises: list[Promise]
-    check: int
+    check: int | None  # None where they were checked with the whole file
     header: int  # bytes of its part of the plain header
 
 
@@ -136,39 +144,35 @@ class Header:
     tensors: dict[str, Tensor]
     entries: dict[str, Entry]
     pools: list[Promise]  # the small arrays of each format, as one
-    pools_check: int
+    pools_check: int | None
     meta: dict[str, Any]
     sections: dict[str, SectionPlace]
     plain: int
     coded: int
     needed: int  # bytes in memory once all is decoded and unpacked, with what its largest stream takes beside
     total: int
+    small: bool  # the whole file was checked when its header was read
 
     @staticmethod
     def read(data: Source, limit: int | None) -> "Header":
-        if data.size < PREAMBLE + FOOTER:
-            raise FormatError("not a tersenet file: it is too short")
         preamble = data.read(0, PREAMBLE)
+        if len(preamble) <= 2 * len(MAGIC):
+            raise FormatError("not a tersenet file: it is too short")
         if preamble[:5] != MAGIC:
             raise FormatError("not a tersenet file: it does not begin with TERSE")
-        if preamble[5] > VERSION:
-            raise FormatError(f"the file has format version {preamble[5]}, newer than {VERSION}: update tersenet")
-        length, crc = struct.unpack("<II", preamble[6:])
-        if preamble[5] != VERSION or length > min(HEADER_CAP, data.size - PREAMBLE - FOOTER):
-            raise FormatError("the file is truncated or damaged in its first bytes")
-        coded = data.read(PREAMBLE, length)
-        if zlib.crc32(preamble[:10] + coded) != crc:
-            raise FormatError("the header is damaged: its checksum does not fit")
+        if preamble[5] > SMALL_VERSION:
+            raise FormatError(f"the file has format version {preamble[5]}, newer than {SMALL_VERSION}: update tersenet")
         usual = max(ALWAYS, min(CEILING, EXPANSION * data.size), LARGE * data.size)
         allowed = usual if limit is None else limit
-        plain = _plain(coded, allowed)
-        header = _parse(plain, PREAMBLE + length, length, data.size)
+        header = _small(data, allowed) if preamble[5] == SMALL_VERSION else _large(data, preamble, allowed)
         if header.total != data.size:
             raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
         _allow(header.needed, allowed)
         return header
 
     def check_whole(self, data: Source) -> None:
+        if self.small:
+            return
         check, at = 0, 0
         while at < data.size - 4:
             chunk = data.read(at, min(1 << 24, data.size - 4 - at))
@@ -188,6 +192,28 @@ def _allow(needed: int, allowed: int) -> None:
         )
 
 
+def _large(data: Source, preamble: bytes, allowed: int) -> Header:
+    length, crc = struct.unpack("<II", preamble[6:].ljust(8, b"\xff"))
+    if preamble[5] != VERSION or length > min(HEADER_CAP, data.size - PREAMBLE - FOOTER):
+        raise FormatError("the file is truncated or damaged in its first bytes")
+    coded = data.read(PREAMBLE, length)
+    if zlib.crc32(preamble[:10] + coded) != crc:
+        raise FormatError("the header is damaged: its checksum does not fit")
+    return _parse(_plain(coded, allowed), PREAMBLE + length, length, data.size, False)
+
+
+def _small(data: Source, allowed: int) -> Header:
+    if data.size > SMALL:
+        raise FormatError("the file is damaged or has bytes added: it is larger than a small file")
+    whole = data.read(0, data.size)
+    if zlib.crc32(whole[:-SMALL_FOOTER]) != int.from_bytes(whole[-SMALL_FOOTER:], "little"):
+        raise FormatError("the file is truncated, damaged or has bytes added: its checksum does not fit")
+    reader = Reader(whole[:-SMALL_FOOTER], len(MAGIC) + 1)
+    coded = reader.take(reader.number())
+    plain = inflated(coded, min(expanded(len(coded)), allowed // OBJECTS), DICTIONARY)
+    return _parse(plain, reader.at, len(coded), data.size, True)
+
+
 def _plain(coded: bytes, allowed: int) -> bytes:
     """The header as it is parsed, if there is memory for what that makes of it."""
     if coded[:1] == b"\0":
@@ -195,18 +221,11 @@ def _plain(coded: bytes, allowed: int) -> bytes:
         return coded[1:]
     if coded[:1] != b"\1":
         raise FormatError("the header is of an unknown kind")
-    expander = zlib.decompressobj(-15)
-    try:
-        plain = expander.decompress(coded[1:], max(1, min(expanded(len(coded) - 1), allowed // OBJECTS)))
-    except zlib.error:
-        raise FormatError("the header is damaged") from None
-    if not expander.eof or expander.unused_data:
-        raise FormatError("the header is damaged or expands too far")
-    return plain
+    return inflated(coded[1:], min(expanded(len(coded) - 1), allowed // OBJECTS))
 
 
-def _parse(plain: bytes, offset: int, coded: int, size: int) -> Header:
-    parser = _Parser(plain, offset)
+def _parse(plain: bytes, offset: int, coded: int, size: int, small: bool) -> Header:
+    parser = _Parser(plain, offset, small)
     count = parser.number()
     if count > min(parser.left, max(MANY, size // EACH)):
         raise FormatError(f"the header says it has {count:,} tensors, too many for its bytes")
@@ -236,11 +255,11 @@ def _parse(plain: bytes, offset: int, coded: int, size: int) -> Header:
             entries[text] = Entry(other.promises, other.check, parser.at - begin)
         else:
             tensors[text] = parser.tensor(text, code)
-            check = parser.take(4) if any(p.length for p in parser.promises) else bytes(4)
-            entries[text] = Entry(parser.promises, int.from_bytes(check, "little"), parser.at - begin)
+            check = parser.check(any(p.length for p in parser.promises if p.owner == text))
+            entries[text] = Entry(parser.promises, check, parser.at - begin)
         order.append(text)
     pools = parser.pools()
-    check = parser.take(4) if pools else bytes(4)
+    check = parser.check(bool(pools))
     try:
         meta = json.loads(parser.take(parser.number(META_CAP)) or b"{}")
     except (ValueError, RecursionError):  # brackets in brackets
@@ -248,18 +267,19 @@ def _parse(plain: bytes, offset: int, coded: int, size: int) -> Header:
     sections = parser.sections() if parser.left else {}
     if parser.left or not isinstance(meta, dict):
         raise FormatError("the header is longer than its tensors")
-    needed = OBJECTS * len(plain) + parser.needed + parser.beside
-    sizes = len(plain), coded, needed, parser.offset + FOOTER
-    return Header(tensors, entries, pools, int.from_bytes(check, "little"), meta, sections, *sizes)
+    needed, total = OBJECTS * len(plain) + parser.needed + parser.beside, parser.offset
+    sizes = len(plain), coded, needed, total + (SMALL_FOOTER if small else FOOTER)
+    return Header(tensors, entries, pools, check, meta, sections, *sizes, small)
 
 
 class _Parser(Reader):
     """Reads trees. Streams lie back to back in the order of the header, small arrays in the pool of their format."""
 
-    def __init__(self, plain: bytes, offset: int) -> None:
+    def __init__(self, plain: bytes, offset: int, small: bool) -> None:
         super().__init__(plain)
-        self.offset, self.needed, self.beside = offset, 0, 0
-        self.promises: list[Promise] = []  # of the tensor that is read
+        self.offset, self.small, self.needed, self.beside = offset, small, 0, 0
+        self.name, self.promises = "", list[Promise]()  # of the tensor that is read
+        self.described: list[Promise] = []  # all arrays of the file, each once
         self.pooled: Counter[int] = Counter()  # how many values the pool of each format holds
         self.heads: dict[bytes, tuple[tuple[int, ...], int, int]] = {}  # of arrays that were read: shape, codec, size
 
@@ -267,7 +287,7 @@ class _Parser(Reader):
         note, error = struct.unpack("<Be", self.take(3))
         if code >= len(DTYPES) or note >= len(NOTES):
             raise FormatError(f"{name}: unknown type or note")
-        self.promises = []
+        self.name, self.promises = name, []
         try:
             tree = self.value(0, 0)
             shape = tree.shape
@@ -288,6 +308,11 @@ class _Parser(Reader):
         tag = self.byte()
         if tag == ARRAY:
             return self.array()
+        if tag == SHARED:
+            promise = self.described[self.number(len(self.described))]
+            self.needed += promise.size * promise.dtype.itemsize  # as if it were stored again: it may be copied
+            self.promises.append(promise)
+            return promise
         if tag >= NODE:
             if tag - NODE >= len(KINDS):
                 raise FormatError("a tree has a node that this version does not know")
@@ -321,18 +346,25 @@ class _Parser(Reader):
                 self.heads[head] = shape, codec, size
         self.needed += size * IN_MEMORY[form].itemsize
         if codec == POOLED:
-            promise = Promise(shape, form, codec, 0, self.pooled[form])
+            promise = Promise(self.name, shape, form, codec, 0, self.pooled[form])
             self.pooled[form] += size
         else:
-            promise = Promise(shape, form, codec, self.number(), self.offset)
+            promise = Promise(self.name, shape, form, codec, self.number(), self.offset)
             self.offset += promise.length
             self.streamed(form, codec, size)
+        self.described.append(promise)
         self.promises.append(promise)
         return promise
 
     def streamed(self, form: int, codec: int, size: int) -> None:
         """Count what decoding a stream takes beside its array."""
         self.beside = max(self.beside, size * INTEGERS[form] * (24 if CODED[codec] == "context" else 8))
+
+    def check(self, coded: bool) -> int | None:
+        """The CRC-32 of what was coded, 0 of nothing; a small file has none, for it is checked as a whole."""
+        if self.small:
+            return None
+        return int.from_bytes(self.take(4), "little") if coded else 0
 
     def head(self) -> tuple[tuple[int, ...], int, int]:
         form, rank = self.take(2)
@@ -352,7 +384,7 @@ class _Parser(Reader):
             codec, length = self.byte(), self.number()
             if codec >= len(CODED):
                 raise FormatError("an array has an unknown codec")
-            found.append(Promise((count,), form, codec, length, self.offset))
+            found.append(Promise("", (count,), form, codec, length, self.offset))
             self.offset += length
             self.streamed(form, codec, count)
         return found
@@ -366,7 +398,7 @@ class _Parser(Reader):
             except UnicodeDecodeError:
                 raise FormatError("a section's name is not UTF-8") from None
             flags, plain, length = self.byte(), self.number(), self.number()
-            check = int.from_bytes(self.take(4), "little")
+            check = self.check(True)
             if name in found or flags > REQUIRED | DEFLATED or (not flags & DEFLATED and plain != length):
                 raise FormatError(f"the section {name!r} is named twice, or of an unknown kind")
             if flags & REQUIRED and name not in KNOWN:

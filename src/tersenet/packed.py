@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from tersenet import bloomier
+from tersenet import bloomier, splitmix
 
 Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that has its shape and dtype
 Tree: TypeAlias = "Packed | Array"
@@ -24,6 +24,7 @@ Tree: TypeAlias = "Packed | Array"
 DEEPEST = 6  # slices of both channels, another order of axes, a transform, zeros, shared values
 WORK = 1 << 13  # products for each value of an einsum's result or factors, at most
 WHOLE_BLOCK = 1 << 8  # values of a transformed block, up to which one matrix transforms it
+_SIXTEENTHS = (2.0 ** (np.arange(16) / 16)).astype(np.float32)
 _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
     np.float32
 )  # so that negative exponents count from its end
@@ -32,6 +33,11 @@ _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
 def namespace(array: Array) -> ModuleType:
     """torch for its tensors, NumPy for everything else; the functions used here have the same names in both."""
     return sys.modules["torch"] if type(array).__module__.startswith("torch") else np
+
+
+def sixteenth(exponent: int) -> Any:
+    """2^(exponent/16) in float32, from a table and an exact scaling."""
+    return np.ldexp(_SIXTEENTHS[exponent % 16], exponent // 16)
 
 
 def half_powers(exponents: Array) -> Array:
@@ -392,9 +398,79 @@ class Bloomier(Packed):
         _require(_is_shape(self.size) and math.prod(self.size) < 1 << 31, "size is a shape short of 2^31 places")
 
 
+@dataclass(frozen=True, eq=False)
+class Lattice(Packed):
+    """Points less a dither that the seed tells: randomised lattice quantization (Choi, El-Khamy, Lee 2018).
+
+    The first values of `point`, in C order, minus 2^(step/16) times a number in [-1/2, 1/2) that `dimension` neighbours
+    share (`splitmix.py`).
+    """
+
+    point: Tree
+    step: int
+    seed: int
+    dimension: int
+    size: tuple[int, ...]
+
+    def unpack(self) -> Array:
+        point, count = unpack(self.point), math.prod(self.size)
+        xp = namespace(point)
+        away = np.repeat(splitmix.dither(self.seed, -(-count // self.dimension)), self.dimension)[:count]
+        away = away * sixteenth(self.step)
+        return (point.reshape(-1)[:count] - xp.asarray(away)).reshape(self.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.size)
+
+    def room(self) -> int:
+        return 4 * math.prod(self.size)  # the dither, how far away that is, and the differences
+
+    def check(self) -> None:
+        numbers = (self.step, self.seed, self.dimension)
+        _require(all(isinstance(n, int) for n in numbers), "step, seed and dimension are numbers")
+        _require(abs(self.step) <= 1600 and 0 <= self.seed < 1 << 62, "a step is within 2^100, a seed below 2^62")
+        _require(1 <= self.dimension <= 64, "1 to 64 neighbours share a dither")
+        _require(is_float_tree(self.point) and _is_shape(self.size), "points are a float tree, size is a shape")
+        _require(math.prod(self.size) <= math.prod(self.point.shape), "there are points for the size")
+
+
+@dataclass(frozen=True, eq=False)
+class Hashed(Packed):
+    """Buckets that many places share, each with a sign of its own: HashedNets (Chen et al. 2015).
+
+    Which bucket a place has, and which sign, the seed tells (`splitmix.py`).
+    """
+
+    buckets: Tree  # [K]
+    seed: int
+    size: tuple[int, ...]
+
+    def unpack(self) -> Array:
+        buckets = unpack(self.buckets)
+        xp = namespace(buckets)
+        place, sign = splitmix.buckets(self.seed, math.prod(self.size), buckets.shape[0])
+        return (buckets[xp.asarray(place)] * xp.asarray(sign)).reshape(self.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.size)
+
+    def room(self) -> int:
+        return 6 * math.prod(self.size)  # buckets, which are int64, signs, and their products
+
+    def check(self) -> None:
+        _require(isinstance(self.seed, int) and 0 <= self.seed < 1 << 62, "a seed is a number below 2^62")
+        _require(is_float_tree(self.buckets) and len(self.buckets.shape) == 1, "buckets are a float vector")
+        _require(
+            1 <= self.buckets.shape[0] < 1 << 32 and _is_shape(self.size), "there are buckets, and size is a shape"
+        )
+
+
 # The order is part of the file format: only ever append.
 NODES: dict[str, type[Packed]] = {
-    node.__name__: node for node in (Uniform, Codebook, Sparse, Sliced, Factored, Transformed, Reshaped, Bloomier)
+    node.__name__: node
+    for node in (Uniform, Codebook, Sparse, Sliced, Factored, Transformed, Reshaped, Bloomier, Lattice, Hashed)
 }
 
 

@@ -13,11 +13,13 @@ from tersenet.methods.uniform import Uniform
 from tersenet.run import Recipe, Stage
 from tersenet.stages.channels import SearchChannels
 from tersenet.stages.finetune import Distill, Finetune
+from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import MLQ, SLQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.stages.universal import Universal
 from tersenet.stages.waterfill import Waterfill
 from tersenet.stages.weightless import Weightless
 
@@ -135,6 +137,33 @@ def mlq(rounds: int = 2, groups: int = 4, epochs: int = 1, seed: int = 0) -> Rec
     return MLQ(rounds, groups, epochs, seed), Narrow()
 
 
+def universal(
+    density: float = 0.1,
+    bits: int = 5,
+    dimension: int = 1,
+    dithered: bool = True,
+    rounds: int = 5,
+    epochs: int = 1,
+    seed: int = 0,
+) -> Recipe:
+    """Universal compression (Choi, El-Khamy, Lee 2018): prune, round to one dithered lattice, tune its values.
+
+    `density` of the weights survives; `bits` set the step, and `dimension` neighbours share a dither and are one
+    symbol.
+    """
+    return (
+        Prune(density, rounds, epochs, final=2 * epochs, seed=seed),
+        Universal(bits, dimension, dithered, seed),
+        Finetune(epochs, seed=seed, gradient="mean"),
+        Narrow(),
+    )
+
+
+def hashed_nets(density: float = 0.125, epochs: int | None = None, seed: int = 0) -> Recipe:
+    """HashedNets (Chen et al. 2015): `density` buckets a weight, shared by hashing and trained from the beginning."""
+    return Hash(density, epochs=epochs, seed=seed), Narrow()
+
+
 def weightless(
     density: float = 0.05, bits: int = 3, cells: int = 8, rounds: int = 5, epochs: int = 1, seed: int = 0
 ) -> Recipe:
@@ -168,5 +197,7 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "bit-goes-down": bit_goes_down,
     "slq": slq,
     "mlq": mlq,
+    "universal": universal,
+    "hashed-nets": hashed_nets,
     "weightless": weightless,
 }

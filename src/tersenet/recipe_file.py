@@ -54,11 +54,13 @@ from tersenet.papers import PAPERS
 from tersenet.run import Recipe
 from tersenet.stages.channels import Channels, DropDead, SearchChannels
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
+from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import MLQ, SLQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.stages.universal import Universal
 from tersenet.stages.waterfill import Waterfill
 from tersenet.stages.weightless import Weightless
 from tersenet.where import Where
@@ -75,6 +77,8 @@ STAGES: dict[str, type] = {
     "distill": Distill,
     "slq": SLQ,
     "mlq": MLQ,
+    "universal": Universal,
+    "hash": Hash,
     "weightless": Weightless,
     "train-levels": TrainLevels,
     "channels": Channels,

@@ -15,6 +15,7 @@ from tersenet.container import (
     ARRAY,
     CODED,
     DEFLATED,
+    DICTIONARY,
     DTYPES,
     EACH,
     FLOATS,
@@ -36,6 +37,10 @@ from tersenet.container import (
     RANK_CAP,
     REQUIRED,
     SECTION_CAP,
+    SHARED,
+    SMALL,
+    SMALL_FOOTER,
+    SMALL_VERSION,
     STAND_IN,
     TEXT,
     TUPLE,
@@ -55,41 +60,57 @@ def write(
     """The whole file."""
     if sum(len(name.encode()) for name in tensors) > NAMES_CAP:
         raise ValueError(f"the names of a file's tensors have at most {NAMES_CAP:,} bytes together")
-    plain, begun = bytearray(put_number(len(tensors))), list[int]()
+    pieces: list[tuple[bytes, bytes]] = [(put_number(len(tensors)), b"")]  # of the header, each with its CRC-32
     streams = _Streams(coding)
     streams.prepare([array for tensor in tensors.values() for _, array in arrays(tensor.tree)])
     first: dict[int, int] = {}
     last = b""
-    for name, tensor in tensors.items():
+    for number, (name, tensor) in enumerate(tensors.items()):
         text = name.encode()
         if len(text) > NAME_CAP:
             raise ValueError(f"{name[:40]}...: a tensor's name has at most {NAME_CAP} bytes")
         shared = next((i for i, (a, b) in enumerate(zip(last, text)) if a != b), min(len(last), len(text)))
-        plain += put_number(shared) + put_number(len(text) - shared) + text[shared:]
+        pieces.append((put_number(shared) + put_number(len(text) - shared) + text[shared:], b""))
         last = text
         if id(tensor) in first:
-            plain += bytes([ALIAS]) + put_number(first[id(tensor)])
+            pieces.append((bytes([ALIAS]) + put_number(first[id(tensor)]), b""))
         else:
-            plain += _tensor_header(name, tensor, streams)
-        first.setdefault(id(tensor), len(begun))
-        begun.append(len(plain))
-    plain += streams.pools()
+            pieces.append(_tensor_header(name, tensor, streams))
+        first.setdefault(id(tensor), number)
+    pieces.append(streams.pools())
     meta = json.dumps(dict(notes), separators=(",", ":"), sort_keys=True).encode() if notes else b""
     if len(meta) >= META_CAP:
         raise ValueError(f"the notes of a file have at most {META_CAP} bytes")
-    plain += put_number(len(meta)) + meta + _section_headers(sections, streams)
+    pieces += [(put_number(len(meta)) + meta, b""), *_section_headers(sections, streams)]
+    file = _small_file(pieces, streams.data) or _large_file(pieces, streams.data)
+    if len(tensors) > (most := max(MANY, len(file) // EACH)):
+        raise ValueError(f"a file of {len(file):,} bytes holds at most {most:,} tensors")
+    return file
+
+
+def _small_file(pieces: Sequence[tuple[bytes, bytes]], streams: bytearray) -> bytes | None:
+    """The file with one check for all of it, where it is small enough."""
+    if len(streams) > SMALL:
+        return None
+    plain = b"".join(piece for piece, _ in pieces)
+    coded = _deflated(plain, DICTIONARY)
+    file = MAGIC + bytes([SMALL_VERSION]) + put_number(len(coded)) + coded + streams
+    if len(file) + SMALL_FOOTER > SMALL or len(plain) > expanded(len(coded)):
+        return None
+    return file + struct.pack("<I", zlib.crc32(file))
+
+
+def _large_file(pieces: Sequence[tuple[bytes, bytes]], streams: bytearray) -> bytes:
+    plain = b"".join(piece + check for piece, check in pieces)
     deflated = _deflated(plain)
     small = len(deflated) < len(plain) <= expanded(len(deflated))
-    coded = b"\1" + deflated if small else b"\0" + bytes(plain)
+    coded = b"\1" + deflated if small else b"\0" + plain
     if max(len(coded), len(plain)) > HEADER_CAP:
         raise ValueError(f"the header would be over {HEADER_CAP:,} bytes")
     head = MAGIC + bytes([VERSION]) + struct.pack("<I", len(coded))
     own = struct.pack("<I", zlib.crc32(head + coded))
-    parts: list[bytes | bytearray] = [head, own, coded, streams.data]  # joined once: files are large
-    size = sum(map(len, parts)) + FOOTER
-    if len(tensors) > max(MANY, size // EACH):
-        raise ValueError(f"a file of {size:,} bytes holds at most {max(MANY, size // EACH):,} tensors")
-    parts.append(struct.pack("<Q", size))
+    parts: list[bytes | bytearray] = [head, own, coded, streams]  # joined once: files are large
+    parts.append(struct.pack("<Q", sum(map(len, parts)) + FOOTER))
     check = 0
     for part in parts:
         check = zlib.crc32(part, check)
@@ -103,6 +124,7 @@ class _Streams:
         self.coding, self.data = coding, bytearray()
         self.pooled: dict[int, list[Array]] = {}  # flat arrays by format
         self.ready: dict[int, tuple[str, bytes]] = {}  # what was coded ahead, by the array's id
+        self.known: dict[int, tuple[int, Array]] = {}  # numbers of arrays by their ids, which stay theirs
 
     def prepare(self, listed: Sequence[Array]) -> None:
         """Code large integer arrays ahead, on as many threads as are worth it."""
@@ -116,8 +138,12 @@ class _Streams:
                 order = sorted(large, key=lambda key: -large[key].size)
                 self.ready = dict(zip(order, pool.map(lambda key: self._coded(large[key]), order), strict=True))
 
-    def array(self, array: Array) -> bytes:
+    def array(self, given: Array) -> bytes:
         """Take an array in; its header."""
+        if id(given) in self.known:
+            return bytes([SHARED]) + put_number(self.known[id(given)][0])
+        self.known[id(given)] = len(self.known), given
+        array = np.asarray(given)
         if array.dtype.kind == "f":
             stored, raw = _narrowest(array)
         else:
@@ -138,36 +164,36 @@ class _Streams:
     def _coded(self, values: Array) -> tuple[str, bytes]:
         return codecs.encode(values, self.coding.codecs, self.coding.prefer)
 
-    def pools(self) -> bytes:
-        """Code what has waited; the header of the pools."""
+    def pools(self) -> tuple[bytes, bytes]:
+        """Code what has waited; the header of the pools, and its CRC-32."""
         begin, head = len(self.data), b""
         for _, parts in sorted(self.pooled.items()):
             head += self.stream(_planes(np.concatenate(parts)))
-        return head + self.check(begin) if self.pooled else b""
+        return head, self.check(begin)
 
     def check(self, begin: int) -> bytes:
-        """CRC-32 of what was coded since."""
-        return struct.pack("<I", zlib.crc32(memoryview(self.data)[begin:]))
+        """CRC-32 of what was coded since, if anything was."""
+        return struct.pack("<I", zlib.crc32(memoryview(self.data)[begin:])) if len(self.data) > begin else b""
 
 
-def _section_headers(sections: Mapping[str, Section], streams: _Streams) -> bytes:
+def _section_headers(sections: Mapping[str, Section], streams: _Streams) -> list[tuple[bytes, bytes]]:
     if len(sections) > SECTION_CAP:
         raise ValueError(f"a file has at most {SECTION_CAP} sections")
-    head = put_number(len(sections)) if sections else b""
+    heads = [(put_number(len(sections)) if sections else b"", b"")]
     for name, section in sections.items():
         text, coded = name.encode(), _deflated(section.data)
         if len(text) > NAME_CAP:
             raise ValueError(f"{name[:40]}...: a section's name has at most {NAME_CAP} bytes")
         flags = REQUIRED * section.required | DEFLATED * (len(coded) < len(section.data))
         coded = coded if flags & DEFLATED else section.data
-        head += put_number(len(text)) + text + bytes([flags]) + put_number(len(section.data))
-        head += put_number(len(coded)) + struct.pack("<I", zlib.crc32(coded))
+        head = put_number(len(text)) + text + bytes([flags]) + put_number(len(section.data)) + put_number(len(coded))
+        heads.append((head, struct.pack("<I", zlib.crc32(coded))))
         streams.data += coded
-    return head
+    return heads
 
 
-def _deflated(data: bytes | bytearray) -> bytes:
-    shrinker = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+def _deflated(data: bytes, dictionary: bytes = b"") -> bytes:
+    shrinker = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, dictionary)
     return shrinker.compress(data) + shrinker.flush()
 
 
@@ -182,7 +208,7 @@ def _small(array: Array) -> bool:
     return array.dtype.kind == "f" or bool((array != array.flat[0]).any())
 
 
-def _tensor_header(name: str, tensor: Tensor, streams: _Streams) -> bytes:
+def _tensor_header(name: str, tensor: Tensor, streams: _Streams) -> tuple[bytes, bytes]:
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: cannot store a tensor of type {tensor.dtype}; convert it or leave it out")
     if len(tensor.tree.shape) > RANK_CAP:
@@ -198,7 +224,7 @@ def _tensor_header(name: str, tensor: Tensor, streams: _Streams) -> bytes:
     head = bytes([DTYPES.index(tensor.dtype), NOTES.index(tensor.note)]) + struct.pack("<e", _bound(tensor.error))
     begin = len(streams.data)
     head += _value_header(tensor.tree if packed else tensor.unpack(), streams)
-    return head + streams.check(begin) if len(streams.data) > begin else head
+    return head, streams.check(begin)
 
 
 def _bound(error: float | None) -> np.float16:
@@ -220,7 +246,7 @@ def _value_header(value: Any, streams: _Streams) -> bytes:
     if isinstance(value, Packed):
         parts = (_value_header(getattr(value, name), streams) for name in parts_of(type(value)))
         return bytes([NODE + list(NODES).index(type(value).__name__)]) + b"".join(parts)
-    return streams.array(np.asarray(value))
+    return streams.array(value)
 
 
 def _planes(raw: Array) -> Array:

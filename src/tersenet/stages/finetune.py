@@ -27,8 +27,8 @@ from tersenet.contract import DATA, Kind, check
 from tersenet.data import Stream, split_of
 from tersenet.draft import Draft
 from tersenet.norms import FOLDED, folded_norms
-from tersenet.packed import Codebook, Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
-from tersenet.structure import is_plain, refilled, support
+from tersenet.packed import Array, Codebook, Packed, Tree, Uniform, map_arrays, narrowed, parts_of, unpack
+from tersenet.structure import is_plain, once, refilled, support
 from tersenet.task import Schedule, Task, Teacher, duplicate, one_thread, progress
 
 
@@ -128,6 +128,7 @@ class _Whole(nn.Module):
 class _Network:
     """The draft's trees as torch leaves, the dense weights they make, and the way back.
 
+    An array that several trees share is one leaf, whose gradient is the sum over them; steps of levels part ways.
     Leaves are float32, or float64 where the arrays are; the network gets each tensor in its own type. What is not
     trained is `kept`, dense: buffers, frozen parameters, the scales of folded norms.
     """
@@ -139,6 +140,7 @@ class _Network:
         frozen = {name for name, parameter in parameters if not parameter.requires_grad}
         free = {n: t for n, t in draft.tensors.items() if n in draft.trainable - frozen and t.note != FOLDED}
         self.trees: dict[int, Tree] = {}
+        self.held, self.leaf = once(self._held), once(self._leaf)
         with self._placed():
             for tensor in free.values():
                 if id(tensor) not in self.trees:
@@ -153,11 +155,11 @@ class _Network:
 
     def _tree(self, tree: Tree) -> Tree:
         if isinstance(tree, Uniform) and not isinstance(tree.scale, Packed):
-            node, unit = cast(Uniform, map_arrays(tree, self._held)), self._held("", _unit(tree))
+            node, unit = cast(Uniform, map_arrays(tree, self.held)), self._held("", _unit(tree))
             moved = torch.zeros_like(unit).requires_grad_()
             self.leaves.append(moved)
             return _Stepped(node, moved, unit)
-        return _rebuilt(tree, self._tree) if isinstance(tree, Packed) else map_arrays(tree, self._leaf)
+        return _rebuilt(tree, self._tree) if isinstance(tree, Packed) else map_arrays(tree, self.leaf)
 
     def _held(self, path: str, array: object) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(self.device)
@@ -190,11 +192,11 @@ class _Network:
                 self.kept[id(tensor)] = state[name].detach()
 
     def draft(self) -> Draft:
-        renewed: dict[int, Tensor] = {}
+        renewed, read = dict[int, Tensor](), once(lambda _, array: array.detach().cpu().numpy())
         for name, tensor in self.before.tensors.items():
             if id(tensor) in self.trees:
                 with self._placed():
-                    tree = self._arrays(self.trees[id(tensor)])
+                    tree = self._arrays(self.trees[id(tensor)], read)
                 whole = isinstance(tree, Packed)
                 renewed[id(tensor)] = replace(tensor, tree=tree if whole else replace(tensor, tree=tree).unpack())
             elif is_plain(tensor.tree):
@@ -202,14 +204,12 @@ class _Network:
                 renewed[id(tensor)] = replace(tensor, tree=refilled(tensor.tree, now))
         return replace(self.before, tensors={n: renewed.get(id(t), t) for n, t in self.before.tensors.items()})
 
-    def _arrays(self, tree: Tree) -> Tree:
+    def _arrays(self, tree: Tree, read: Callable[[str, Array], Array]) -> Tree:
         if isinstance(tree, _Stepped):
-            return replace(_numpy(tree.node), scale=_numpy(tree.scale))
-        return _rebuilt(tree, self._arrays) if isinstance(tree, Packed) else _numpy(tree)
-
-
-def _numpy(tree: Tree) -> Any:
-    return map_arrays(tree, lambda _, array: array.detach().cpu().numpy())
+            return replace(cast(Uniform, map_arrays(tree.node, read)), scale=map_arrays(tree.scale, read))
+        if isinstance(tree, Packed):
+            return _rebuilt(tree, lambda part: self._arrays(part, read))
+        return map_arrays(tree, read)
 
 
 def _unit(node: Uniform) -> Any:
@@ -284,13 +284,21 @@ class _Straight(Packed):
 
 
 class _Shared(_Network):
-    """The same with the mean of its members' gradients for each codeword."""
+    """The same with the mean of its members' gradients for each codeword, of members in all trees that share it."""
+
+    def __init__(self, draft: Draft, device: str) -> None:
+        self.counts: dict[int, list[torch.Tensor]] = {}  # by the leaf's id
+        super().__init__(draft, device)
 
     def _tree(self, tree: Tree) -> Tree:
         made = super()._tree(tree)
         if isinstance(made, Codebook) and not isinstance(made.codewords, Packed):
-            count = torch.bincount(made.index.reshape(-1).long(), minlength=len(made.codewords)).clamp(min=1)
-            made.codewords.register_hook(lambda gradient: gradient / count[:, None])
+            counts = self.counts.setdefault(id(made.codewords), [])
+            if not counts:
+                made.codewords.register_hook(
+                    lambda gradient: gradient / torch.stack(counts).sum(0).clamp(min=1)[:, None]
+                )
+            counts.append(torch.bincount(made.index.reshape(-1).long(), minlength=len(made.codewords)))
         return made
 
 
@@ -309,8 +317,10 @@ class _Partly(_Network):
         stays = free & support(tree)
         return _Held(self._held("", stays), self._leaf("", dense[stays]), self._held("", dense), tree)
 
-    def _arrays(self, tree: Tree) -> Tree:
-        return refilled(tree.before, _numpy(tree.unpack())) if isinstance(tree, _Held) else super()._arrays(tree)
+    def _arrays(self, tree: Tree, read: Callable[[str, Array], Array]) -> Tree:
+        return (
+            refilled(tree.before, read("", tree.unpack())) if isinstance(tree, _Held) else super()._arrays(tree, read)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,20 +345,20 @@ class _Levels(_Network):
 
     def _tree(self, tree: Tree) -> Tree:
         if not isinstance(tree, Packed):
-            return map_arrays(tree, self._held)
+            return map_arrays(tree, self.held)
         if isinstance(tree, Uniform) and tree.zero is None and tree.q.min() != tree.q.max():  # constants stay
-            node = cast(Uniform, map_arrays(tree, self._held))
+            node = cast(Uniform, map_arrays(tree, self.held))
             weight = node.unpack().requires_grad_()
             self.leaves.append(weight)
             kept = (node.q != 0).float() if weight.dim() > 1 else torch.ones_like(weight)
             return _Straight(weight, kept, node)
         return _rebuilt(tree, self._tree)
 
-    def _arrays(self, tree: Tree) -> Tree:
+    def _arrays(self, tree: Tree, read: Callable[[str, Array], Array]) -> Tree:
         if isinstance(tree, _Straight):
             q = tree.levels().detach().round().to(torch.int32).cpu().numpy()
-            return replace(_numpy(tree.node), q=narrowed(q))
-        return super()._arrays(tree)
+            return replace(cast(Uniform, map_arrays(tree.node, read)), q=narrowed(q))
+        return super()._arrays(tree, read)
 
 
 def _rebuilt(tree: Packed, change: Callable[[Tree], Tree]) -> Packed:
@@ -360,19 +370,27 @@ def _rebuilt(tree: Packed, change: Callable[[Tree], Tree]) -> Packed:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Train what the trees leave free. Without `lr`, at a hundredth of the task's learning rate."""
+    """Train what the trees leave free. Without `lr`, at a hundredth of the task's learning rate.
+
+    The gradient of a codeword is the "sum" over its members, or the "mean".
+    """
 
     epochs: int = 2
     lr: float | None = None
     seed: int = 0
+    gradient: str = "sum"
     requires: ClassVar[Mapping[Kind, str]] = {DATA: "trains the network: give a Task with training data"}
+
+    def __post_init__(self) -> None:
+        if self.gradient not in ("sum", "mean"):
+            raise ValueError("the gradient of a codeword is the 'sum' over its members, or the 'mean'")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
         assert task is not None
         rate = task.schedule.lr / 100 if self.lr is None else self.lr
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=rate, drops=(0.5,), weight_decay=0.0)
-        return tune(draft, task, schedule, range(self.epochs), self.seed)
+        return tune(draft, task, schedule, range(self.epochs), self.seed, mean=self.gradient == "mean")
 
 
 @dataclass(frozen=True)

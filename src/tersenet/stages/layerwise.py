@@ -69,7 +69,8 @@ class Layerwise:
                 draft = self._tuned(draft, task, name)
             if self.distill is not None and choices[name][1] is not None:
                 draft = self._distilled(draft, task, name, self.distill)
-        return draft
+        vectors = {name: choice for name, choice in choices.items() if name not in names}
+        return repacked(draft, task, vectors, self.samples, self.seed)
 
     def _tuned(self, draft: Draft, task: Task, name: str) -> Draft:
         """The draft with all that is not packed tuned."""
