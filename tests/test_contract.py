@@ -29,7 +29,8 @@ from tersenet.stages.channels import Channels, DropDead, Plan, SearchChannels
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
-from tersenet.stages.levels import MLQ, SLQ
+from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
@@ -131,6 +132,8 @@ WORK = {
     "distill": (Distill(1), Distill(0)),
     "slq": (SLQ(3, 2), None),
     "mlq": (MLQ(2, 2), None),
+    "inq": (INQ(4, (0.5, 1.0)), None),
+    "lsq": (LSQ(3, epochs=1), None),
     "universal": (Universal(5, 2), None),
     "hash": (Hash(0.25, epochs=1), None),
     "weightless": (Weightless(2, 6), None),

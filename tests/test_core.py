@@ -27,7 +27,7 @@ STRICT = ["-std=c11", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedanti
 FUNCTIONS = [
     *("bits_encode", "bits_decode", "trits_encode", "trits_decode", "gaps_encode", "gaps_decode", "runs_encode"),
     *("runs_decode", "huffman_encode", "huffman_decode", "rans_encode", "rans_decode", "rans_split"),
-    *("context_encode", "context_decode", "feedback", "surgeon"),
+    *("context_encode", "context_decode", "feedback", "surgeon", "context_size", "literals_encode"),
 ]  # in the order of replay.c
 MACHINES = {  # a compiler with its flags, and what runs its programs here
     "this": ("cc", ""),
@@ -126,6 +126,7 @@ def calls():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "call", recorded)
         patch.setattr(container, "THREADS", 1)
+        patch.setattr(container, "CORES", 1)
         exercised()
     assert names == set(FUNCTIONS)
     return b"".join(record)

@@ -8,7 +8,7 @@ import tersenet as tn
 from tersenet.draft import Draft
 from tersenet.packed import Codebook, Sparse, unpack
 from tersenet.stages import levels
-from tersenet.stages.levels import MLQ, SLQ, powers
+from tersenet.stages.levels import INQ, MLQ, SLQ, powers
 from tersenet.stages.prune import Prune
 
 
@@ -32,7 +32,7 @@ def followed(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("stage,values", [(SLQ(3, 3), 5), (SLQ(5, 5), 17), (MLQ(2, 3), 3)], ids=str)
+@pytest.mark.parametrize("stage,values", [(SLQ(3, 3), 5), (SLQ(5, 5), 17), (MLQ(2, 3), 3), (INQ(4), 9)], ids=str)
 @pytest.mark.parametrize("pruned", [False, True])
 def test_what_is_shared_keeps_its_bits_to_the_end_and_a_layer_has_few_values(task, stage, values, pruned, monkeypatch):
     seen = followed(monkeypatch)
@@ -51,6 +51,9 @@ def test_what_is_shared_keeps_its_bits_to_the_end_and_a_layer_has_few_values(tas
         shares.append([state[name][0].mean() for state in seen])
         assert any(not np.array_equal(before, now) for _, before, now in (state[name] for state in seen))
     assert all(list(share) == sorted(share) for share in shares)  # more and more is shared
+    if isinstance(stage, INQ):
+        assert len(seen) == 3 and (pruned or shares[0] == pytest.approx([0.5, 0.75, 0.875], abs=0.02))
+        return
     assert len(seen) == (stage.rounds if isinstance(stage, SLQ) else stage.rounds * 3) - 1
 
 
@@ -65,7 +68,7 @@ def test_training_around_what_is_shared_is_better_than_sharing_all_at_once(task)
     assert task.score(task.test, in_rounds.module()) > task.score(task.test, at_once.module()) + 0.01
 
 
-@pytest.mark.parametrize("paper", [tn.papers.slq, tn.papers.mlq], ids=lambda paper: paper.__name__)
+@pytest.mark.parametrize("paper", [tn.papers.slq, tn.papers.mlq, tn.papers.inq], ids=lambda paper: paper.__name__)
 def test_the_papers_end_in_files_that_verify(task, paper, tmp_path):
     result = tn.compress(task, paper(), folder=tmp_path / "kept")
     result.artifact.save(tmp_path / "w.terse")

@@ -1,5 +1,6 @@
 """The recipe's own setting that meets a size: what is tried, when the search ends, what cannot be met."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 import tersenet as tn
 from tersenet.budget import UnmetBudget
 from tersenet.methods.uniform import Uniform
+from tersenet.packed import Codebook, Transformed
 from tersenet.stages.channels import Channels
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune
@@ -57,6 +59,16 @@ def test_settings_that_a_network_cannot_have_bound_the_search():
         search((Channels(0.1),), 1000, size_of)
 
 
+def test_settings_that_a_stage_does_not_take_bound_the_search_at_the_weak_end_too():
+    def size_of(stages):
+        if stages[0].bits > 8:
+            raise ValueError("takes at most 8 bits")
+        return 1000 * stages[0].bits
+
+    for most, bits in ((8500, 8), (7900, 7), (20_000, 8)):
+        assert search((Uniform(8),), most, size_of)[0] == 1000 * bits
+
+
 def test_what_a_stage_with_a_budget_of_its_own_chooses_among_is_no_setting_of_the_recipe():
     settled = tn.papers.mixed(tn.Budget(size=4000))
     with pytest.raises(ValueError, match="no setting of this recipe"):
@@ -99,3 +111,12 @@ def test_a_recipe_and_a_drop_end_in_a_smaller_file_than_the_recipe_alone(task, t
     less = tn.compress(task, recipe, tn.Budget(drop=60), folder=tmp_path)
     assert less.artifact.nbytes < 0.6 * whole.artifact.nbytes
     assert less.choice is not None and less.choice.before - less.choice.after <= 0.6
+
+
+def test_transform_coding_clusters_biases_and_searches_its_bits_for_a_drop(task, tmp_path):
+    result = tn.compress(task, tn.papers.transform_coding(8, clusters=2), tn.Budget(drop=60), folder=tmp_path)
+    trees = {name: tensor.tree for name, tensor in result.artifact.tensors.items()}
+    assert isinstance(trees["0.weight"], Transformed) and isinstance(trees["5.weight"].child, Transformed)
+    assert isinstance(trees["2.bias"], Codebook) and len(trees["2.bias"].codewords) == 4
+    levels = max(int(np.abs(trees[n].coefficients.q.astype(int)).max()) for n in ("0.weight", "2.weight"))
+    assert levels < 127  # fewer than the 8 bits that the recipe begins with

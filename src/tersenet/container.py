@@ -60,7 +60,8 @@ KINDS, CODED = tuple(NODES.values()), tuple(codecs.CODECS)
 POOLED = 127  # in place of a codec
 IN_MEMORY = tuple(np.dtype(held) for held, _ in FORMATS)
 INTEGERS = tuple(WIDTH.get(stored, 1) for _, stored in FORMATS)  # that codecs see for a value: a float's bytes
-THREADS = 1 if sys.platform == "emscripten" else min(4, cores.usable())  # a browser's Python has none to start
+CORES = 1 if sys.platform == "emscripten" else cores.usable()  # a browser's Python has no threads to start
+THREADS = min(4, CORES)  # that decode
 WORTH_A_THREAD = 1 << 14  # integers beside the largest array
 # What the header of a small file is deflated against: names, then records of tensors, the likeliest last, where fewer
 # bits point. Part of the format: never change it.

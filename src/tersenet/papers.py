@@ -9,13 +9,15 @@ from tersenet.methods import Method, chain
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
+from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.run import Recipe, Stage
 from tersenet.stages.channels import SearchChannels
 from tersenet.stages.finetune import Distill, Finetune
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
-from tersenet.stages.levels import MLQ, SLQ
+from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
@@ -164,6 +166,25 @@ def hashed_nets(density: float = 0.125, epochs: int | None = None, seed: int = 0
     return Hash(density, epochs=epochs, seed=seed), Narrow()
 
 
+def transform_coding(bits: int = 6, clusters: int = 4, block: int = 8) -> Recipe:
+    """Transform coding with clustering (Laude, Richter, Ostermann 2018): the DCT of kernels and of blocks of matrices.
+
+    Coefficients are rounded to `bits`, biases and norms share 2^`clusters` values each. With a drop as the budget the
+    bits are searched, as in the paper.
+    """
+    return Pack(chain(KernelDCT(block), Uniform(bits)), vectors=KMeans(clusters)), Narrow()
+
+
+def inq(bits: int = 5, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Incremental network quantization (Zhou et al. 2017): powers of two, the largest weights first."""
+    return INQ(bits, epochs=epochs, seed=seed), Narrow()
+
+
+def lsq(bits: int = 4, epochs: int = 5, seed: int = 0) -> Recipe:
+    """Learned step size quantization (Esser et al. 2020): weights trained at few bits, their steps with them."""
+    return LSQ(bits, epochs=epochs, seed=seed), Narrow()
+
+
 def weightless(
     density: float = 0.05, bits: int = 3, cells: int = 8, rounds: int = 5, epochs: int = 1, seed: int = 0
 ) -> Recipe:
@@ -199,5 +220,8 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "mlq": mlq,
     "universal": universal,
     "hashed-nets": hashed_nets,
+    "transform-coding": transform_coding,
+    "inq": inq,
+    "lsq": lsq,
     "weightless": weightless,
 }

@@ -44,6 +44,7 @@ from pydantic import (
 
 from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.methods import Chain, Method
+from tersenet.methods.fixed_point import FixedPoint, PowersOfTwo, Ternary
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
@@ -56,7 +57,8 @@ from tersenet.stages.channels import Channels, DropDead, SearchChannels
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
-from tersenet.stages.levels import MLQ, SLQ
+from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
@@ -77,6 +79,8 @@ STAGES: dict[str, type] = {
     "distill": Distill,
     "slq": SLQ,
     "mlq": MLQ,
+    "inq": INQ,
+    "lsq": LSQ,
     "universal": Universal,
     "hash": Hash,
     "weightless": Weightless,
@@ -90,6 +94,9 @@ METHODS: dict[str, type] = {
     "kmeans": KMeans,
     "product": Product,
     "uniform": Uniform,
+    "fixed-point": FixedPoint,
+    "ternary": Ternary,
+    "powers-of-two": PowersOfTwo,
     "kernel-dct": KernelDCT,
     "sparsegpt": SparseGPT,
 }

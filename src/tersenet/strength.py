@@ -82,14 +82,14 @@ def meeting(
     sizes: dict[float, int] = {}
 
     def quick(e: float) -> int:
-        """The bytes without training; 1 where this network cannot be made so small, as the recipe itself can."""
+        """The bytes without training; 1, or too many, where stages do not take a setting, as they do the recipe's."""
         if e not in sizes:
             try:
                 sizes[e] = size_of(untrained(stronger(recipe, e, name)))
             except ValueError:
                 if not sizes:
                     raise
-                sizes[e] = 1
+                sizes[e] = 1 if e > 1 else max(most + 1, 2 * max(sizes.values()))
         return sizes[e]
 
     for _ in range(RUNS):
@@ -169,6 +169,8 @@ def _changed(value: Any, change: Callable[[str, Any], Any]) -> Any:
 
 
 def _power(value: Any, e: float, name: str) -> Any:
+    if e == 1:
+        return value
     if name == "bits":
         return min(12, max(2, round(value / e)))
     return min(1.0, max(1e-6, value**e))

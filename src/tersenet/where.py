@@ -86,18 +86,18 @@ def chosen(draft: Draft, rules: Sequence[tuple[Where | str, What]]) -> dict[str,
 
 def chosen_with_vectors(draft: Draft, rules: Sequence[tuple[Where | str, What]]) -> dict[str, tuple[str, What]]:
     """The same, where rules that fit no weight are for the biases and norms that they fit: `*.bias`, `kind:norm`."""
-    weights, vectors = draft.weights(), _vectors(draft)
+    weights, others = draft.weights(), vectors(draft)
     fits = _fitting(draft)
 
     def is_for(rule: Where | str, names: Iterable[str]) -> bool:
         return any(fits(rule, name) for name in names)
 
-    for_vectors = [rule for rule in rules if not is_for(rule[0], weights) and is_for(rule[0], vectors)]
+    for_vectors = [rule for rule in rules if not is_for(rule[0], weights) and is_for(rule[0], others)]
     for_weights = [rule for rule in rules if rule not in for_vectors]
-    return _chosen(draft, for_weights, weights) | _chosen(draft, for_vectors, vectors)
+    return _chosen(draft, for_weights, weights) | _chosen(draft, for_vectors, others)
 
 
-def _vectors(draft: Draft) -> list[str]:
+def vectors(draft: Draft) -> list[str]:
     """The names of trainable float vectors, tied ones once."""
     found: dict[int, str] = {}
     for name, tensor in draft.tensors.items():

@@ -123,20 +123,19 @@ class _Streams:
     def __init__(self, coding: Coding) -> None:
         self.coding, self.data = coding, bytearray()
         self.pooled: dict[int, list[Array]] = {}  # flat arrays by format
-        self.ready: dict[int, tuple[str, bytes]] = {}  # what was coded ahead, by the array's id
+        self.alone: dict[int, Array] = {}  # what has a stream of its own, by its id, kept while that is asked for
+        self.ready: dict[int, tuple[bytes, bytes]] = {}
         self.known: dict[int, tuple[int, Array]] = {}  # numbers of arrays by their ids, which stay theirs
 
     def prepare(self, listed: Sequence[Array]) -> None:
-        """Code large integer arrays ahead, on as many threads as are worth it."""
-        large = {
-            id(a): a for a in map(np.asarray, listed) if a.dtype.kind != "f" and a.size >= container.WORTH_A_THREAD
-        }
-        if container.THREADS > 1 and len(large) > 1:
+        """Code arrays ahead, on as many threads as are worth it."""
+        found = (a for a in map(np.asarray, listed) if a.dtype in container.IN_MEMORY and not _small(a))
+        self.alone = {id(a): a for a in sorted(found, key=lambda a: -a.size)}
+        if container.CORES > 1 and sum(a.size for a in self.alone.values()) >= container.WORTH_A_THREAD:
             from concurrent.futures import ThreadPoolExecutor  # which readers need not wait for
 
-            with ThreadPoolExecutor(container.THREADS) as pool:
-                order = sorted(large, key=lambda key: -large[key].size)
-                self.ready = dict(zip(order, pool.map(lambda key: self._coded(large[key]), order), strict=True))
+            with ThreadPoolExecutor(container.CORES) as pool:
+                self.ready = dict(zip(self.alone, pool.map(self._coded, self.alone.values()), strict=True))
 
     def array(self, given: Array) -> bytes:
         """Take an array in; its header."""
@@ -144,31 +143,32 @@ class _Streams:
             return bytes([SHARED]) + put_number(self.known[id(given)][0])
         self.known[id(given)] = len(self.known), given
         array = np.asarray(given)
-        if array.dtype.kind == "f":
-            stored, raw = _narrowest(array)
-        else:
-            stored, raw = str(array.dtype), array
-        form = FORMATS.index((str(array.dtype), stored))
-        head = bytes([ARRAY, form, array.ndim]) + b"".join(put_number(n) for n in array.shape)
         if _small(array):
-            self.pooled.setdefault(form, []).append(raw if stored in WIDTH else raw.reshape(-1))
-            return head + bytes([POOLED])
-        return head + self.stream(_planes(raw) if stored in WIDTH else raw)
-
-    def stream(self, values: Array) -> bytes:
-        """Code integers; the codec and the length."""
-        codec, coded = self.ready.get(id(values)) or self._coded(values)
+            stored, raw = _narrowest(array)
+            self.pooled.setdefault(_form(array, stored), []).append(raw if stored in WIDTH else raw.reshape(-1))
+            return _array_header(array, stored) + bytes([POOLED])
+        head, coded = self.ready.get(id(array)) or self._coded(array)
         self.data += coded
-        return bytes([CODED.index(codec)]) + put_number(len(coded))
+        return head
 
-    def _coded(self, values: Array) -> tuple[str, bytes]:
-        return codecs.encode(values, self.coding.codecs, self.coding.prefer)
+    def _coded(self, array: Array) -> tuple[bytes, bytes]:
+        """An array's header and its stream."""
+        stored, raw = _narrowest(array)
+        head, coded = self._stream(_planes(raw) if stored in WIDTH else raw)
+        return _array_header(array, stored) + head, coded
+
+    def _stream(self, values: Array) -> tuple[bytes, bytes]:
+        """The codec and the length, and the bytes."""
+        codec, coded = codecs.encode(values, self.coding.codecs, self.coding.prefer)
+        return bytes([CODED.index(codec)]) + put_number(len(coded)), coded
 
     def pools(self) -> tuple[bytes, bytes]:
         """Code what has waited; the header of the pools, and its CRC-32."""
         begin, head = len(self.data), b""
         for _, parts in sorted(self.pooled.items()):
-            head += self.stream(_planes(np.concatenate(parts)))
+            own, coded = self._stream(_planes(np.concatenate(parts)))
+            head += own
+            self.data += coded
         return head, self.check(begin)
 
     def check(self, begin: int) -> bytes:
@@ -249,13 +249,26 @@ def _value_header(value: Any, streams: _Streams) -> bytes:
     return streams.array(value)
 
 
+def _array_header(array: Array, stored: str) -> bytes:
+    return bytes([ARRAY, _form(array, stored), array.ndim]) + b"".join(put_number(n) for n in array.shape)
+
+
+def _form(array: Array, stored: str) -> int:
+    return FORMATS.index((str(array.dtype), stored))
+
+
 def _planes(raw: Array) -> Array:
     """Bytes [values, width] as all first bytes, all second bytes, ..."""
     return np.ascontiguousarray(raw.T).reshape(-1)
 
 
 def _narrowest(array: Array) -> tuple[str, Array]:
-    """The narrowest type that keeps every bit of a float array, and its little-endian raw bytes [values, width]."""
+    """The narrowest type that keeps every bit of a float array, and its little-endian raw bytes [values, width].
+
+    Other arrays are what they are.
+    """
+    if array.dtype.kind != "f":
+        return str(array.dtype), array
     flat = np.ascontiguousarray(array).reshape(-1)
     stored, raw = str(flat.dtype), flat.astype(flat.dtype.newbyteorder("<"))
     if flat.dtype == np.float32:

@@ -44,12 +44,13 @@ from tersenet.codecs.context_model import (
     walked,
 )
 from tersenet.codecs.context_twin import Encoder
-from tersenet.codecs.stream import FormatError, Ints, Unsuited, flat32, put_number, zigzag
+from tersenet.codecs.stream import FormatError, Ints, Unsuited, flat32, put_number, spread, zigzag
 from tersenet.codecs.trellis import follows
 
 MOST = (1 << 29) - 1  # integers of an array
-TRIAL = 1 << 19  # integers that are looked at to choose the model of a larger array
+TRIAL, MOST_TRIAL = 1 << 16, 1 << 16  # a model is chosen by an eighth: at least so many bits, at most so many integers
 WORTH_SIGNS = 1 / 1024  # what contexts of signs must save: they take a fourteenth of the time
+SIGN_BITS = [0, *(round(-1024 * math.log2(k / 16)) for k in range(1, 16))]  # in 1/1024, of a share of k/16
 WORTH_LEAVING = 4096  # zeros in columns that hold nothing else, from which on these are left out
 
 
@@ -70,23 +71,41 @@ def _walk_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int, .
     return (dtype.itemsize, rows, width, *kernel, places, *value_range(dtype)), room
 
 
-def sign_shares(values: NDArray[np.int32], kernel: tuple[int, int]) -> int:
-    """How often a value is negative, in 1/16: four bits each, after (+, 0), (0, +), (+, +), (+, -) left and above.
+def sign_counts(values: NDArray[np.int32], kernel: tuple[int, int]) -> list[tuple[int, int]]:
+    """How often a value is negative and positive after (+, 0), (0, +), (+, +), (+, -) left and above.
 
-    After the opposite neighbours it is positive as often.
+    After the opposite neighbours it counts the other way round.
     """
-    sign = np.sign(values.reshape(-1, *kernel))
+    sign = np.sign(values.reshape(-1, *kernel)).astype(np.int8)
     left, above = np.zeros_like(sign), np.zeros_like(sign)
     left[:, :, 1:], above[:, 1:] = sign[:, :, :-1], sign[:, :-1]
-    shares = 0
-    for place, (one, other) in enumerate(NEIGHBOURS):
-        minus = plus = 0
-        for side in (1, -1):
-            found = sign[(left == side * one) & (above == side * other)] * side
-            minus, plus = minus + int((found < 0).sum()), plus + int((found > 0).sum())
-        share = (32 * minus // (minus + plus) + 1) // 2 if minus + plus else 8
-        shares |= min(max(share, 1), 15) << 4 * place
-    return shares
+    found = np.bincount((sign * 9 + left * 3 + above + 13).reshape(-1), minlength=27).reshape(
+        3, 3, 3
+    )  # each from -1 on
+    return [
+        (
+            int(found[0, 1 + one, 1 + other] + found[2, 1 - one, 1 - other]),
+            int(found[2, 1 + one, 1 + other] + found[0, 1 - one, 1 - other]),
+        )
+        for one, other in NEIGHBOURS
+    ]
+
+
+def _sign_share(minus: int, plus: int) -> int:
+    """The part of the negative ones in 1/16."""
+    return min(max((32 * minus // (minus + plus) + 1) // 2 if minus + plus else 8, 1), 15)
+
+
+def sign_shares(values: NDArray[np.int32], kernel: tuple[int, int]) -> int:
+    """The parts of negative values after those neighbours, in 1/16: four bits each, after (+, 0) the lowest."""
+    return sum(_sign_share(*counts) << 4 * k for k, counts in enumerate(sign_counts(values, kernel)))
+
+
+def _used(values: NDArray[np.int32]) -> NDArray[np.int32]:
+    """1 for each column that holds anything, and for the first if none does."""
+    used: NDArray[np.int32] = np.any(values.reshape(walked(values.shape)[:2]), 0).astype(np.int32)
+    used[0] |= not used.any()
+    return used
 
 
 def encode_array(values: NDArray[np.int32], model: Model, low: int, high: int) -> bytes:
@@ -95,8 +114,7 @@ def encode_array(values: NDArray[np.int32], model: Model, low: int, high: int) -
         values, low, high = np.asarray(-values), 0, -low
     head, live, signs = b"", None, 0
     if model.skip:
-        used = np.any(values.reshape(walked(values.shape)[:2]), 0).astype(np.int32)
-        used[0] |= not used.any()  # at least one is coded
+        used = _used(values)
         live, names = np.flatnonzero(used), _encoded(used, one_row(used.size), NAMES, 0, 1, 0)
         head = put_number(len(names)) + names
     matrix = model.matrix(values.shape, live)
@@ -130,24 +148,48 @@ def encode_levels(levels: NDArray[np.int32], model: Model, origin: int = 0) -> b
 
 
 def choose(values: NDArray[np.int32], low: int, high: int) -> Model:
-    """The model that makes this array smallest, found one setting at a time on at most 2^19 of its integers."""
-    sample = values
-    if values.size > TRIAL:
-        sample = values[: max(1, TRIAL * values.shape[0] // values.size)]
-    sized: dict[Model, float] = {}
+    """The model that makes this array smallest, found one setting at a time on a part of it.
 
-    def size(model: Model) -> float:
-        if model not in sized:
-            sized[model] = len(encode_array(sample, model, low, high)) * (1 + model.signs * WORTH_SIGNS)
-        return sized[model]
-
+    What is compared are the bits of the magnitudes; signs take theirs by themselves, whatever the other settings are.
+    """
     flat = values.reshape(walked(values.shape)[:2])
     zeros = len(flat) * int((~flat.any(0)).sum())
     skip = zeros >= max(WORTH_LEAVING, flat.size // 32) and zeros < flat.size
     best = Model(trellis=int(follows(flat)), skip=int(skip))
-    for name in ("places", "signs", "blend", "memory", "settle", "slow"):
-        best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=size)
+    bits = (2 * int(np.abs(flat).sum(dtype=np.int64)) // flat.size + 1).bit_length() + 1  # about, of a value
+    part = spread(values, min(max(TRIAL // bits, values.size // 8), MOST_TRIAL))
+    sized = _Sizes(part, best, max(high, -low))
+    for name in ("places", "blend", "memory", "settle", "slow"):
+        best = min((best._replace(**{name: i}) for i in range(len(CHOICES[name]))), key=sized.bits)
+    if low < 0 < high:
+        counts = sign_counts(part, walked(part.shape)[2])
+        shares = [(minus, plus, _sign_share(minus, plus)) for minus, plus in counts]
+        saved = sum(1024 * (n + p) - n * SIGN_BITS[s] - p * SIGN_BITS[16 - s] for n, p, s in shares) / 1024 - 16
+        best = best._replace(signs=int(saved > WORTH_SIGNS * (sized.bits(best) + np.count_nonzero(part))))
     return best
+
+
+class _Sizes:
+    """What models make of the magnitudes of one array."""
+
+    def __init__(self, values: NDArray[np.int32], model: Model, most: int) -> None:
+        self.sizes, self.most, self.found = np.asarray(np.abs(values)), most, dict[Model, int]()
+        self.live = _used(self.sizes).nonzero()[0] if model.skip else None
+        steps = values.size + int((self.sizes >= EXACT).sum()) + 2 * int((self.sizes >= TAIL).sum())
+        self.listed = np.empty(steps, np.uint64)
+        self.mean = np.empty(walked(values.shape)[1] + 1, np.float32)
+
+    def bits(self, model: Model) -> int:
+        """About how many."""
+        matrix = model.matrix(self.sizes.shape, self.live)
+        model = model._replace(places=int(matrix.places > 1))
+        if model not in self.found:
+            c = model.for_c(matrix, 0, self.most, 0)
+            done = native.call("context_size", self.sizes, ctypes.byref(c), self.listed, self.listed.size, self.mean)
+            if done is not None and done < 0:
+                raise RuntimeError(f"context coder failed ({done})")
+            self.found[model] = Encoder(self.sizes, matrix, model, 0, self.most, 0).length() if done is None else done
+        return self.found[model]
 
 
 class Context:

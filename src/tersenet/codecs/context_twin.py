@@ -4,6 +4,7 @@ It serves where no C core was built, and makes and reads the same bytes.
 """
 
 import bisect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -309,6 +310,17 @@ class Encoder(_Walk):
         held = [state.to_bytes((state.bit_length() + 7) // 8, "little") for state in states]
         lengths = sum(len(state) << 4 * lane for lane, state in enumerate(held)).to_bytes(2, "little")
         return (lengths if self.lanes > 1 else b"") + b"".join(held) + b"".join(reversed(words))
+
+    def length(self) -> int:
+        """About how many bits the stream takes, from the exponents of products of shares."""
+        total, products = BITS * len(self.steps), [1.0] * 4
+        for k in range(0, len(self.steps), 256):
+            for j, (_, share, _) in enumerate(self.steps[k : k + 256]):
+                products[j & 3] *= share
+            split = [math.frexp(product) for product in products]
+            products = [2 * fraction for fraction, _ in split]
+            total -= sum(exponent - 1 for _, exponent in split)
+        return total
 
     def _states(self, first: list[int]) -> tuple[list[int], list[bytes]] | None:
         states, words = list(first), list[bytes]()

@@ -14,7 +14,7 @@ import numpy as np
 
 from tersenet.contract import DATA, PACKED, Kind, check
 from tersenet.draft import Draft
-from tersenet.methods import repack
+from tersenet.methods import fixed_point, repack
 from tersenet.packed import Array, Codebook, Packed, Tree, narrowed, unpack
 from tersenet.stages.finetune import tune
 from tersenet.stages.layerwise import in_order
@@ -94,6 +94,44 @@ class MLQ:
         return draft.with_trees({name: layer.packed(draft, name) for name, layer in layers.items()})
 
 
+@dataclass(frozen=True)
+class INQ:
+    """Incremental network quantization (Zhou et al. 2017): the largest weights to powers of two, the rest trained.
+
+    `portions` of all weights of each layer are rounded one after the other, with `epochs` of training after each but
+    the last, at a tenth of the task's rate; zero takes one of the codes of `bits`.
+    """
+
+    bits: int = 5
+    portions: tuple[float, ...] = (0.5, 0.75, 0.875, 1.0)
+    epochs: int = 1
+    seed: int = 0
+    requires: ClassVar[Mapping[Kind, str]] = {DATA: "trains the network: give a Task with training data"}
+    refuses: ClassVar[Mapping[Kind, str]] = dict.fromkeys(PACKED, SHARED)
+    makes: ClassVar[tuple[Kind, ...]] = (Codebook,)
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip((0.0, *self.portions), self.portions, strict=False))
+        if not 2 <= self.bits <= 6 or not rising or self.portions[-1:] != (1.0,):
+            raise ValueError("INQ takes 2 to 6 bits, and portions that rise from above 0 to 1")
+
+    def __call__(self, draft: Draft, task: Task | None) -> Draft:
+        check([self], draft, task)
+        assert task is not None
+        layers = {name: _Layer.of(draft, name) for name in draft.weights() if is_plain(draft.tensors[name].tree)}
+        tables = {
+            name: fixed_point.powers(float(np.abs(a.values).max(initial=0)), self.bits) for name, a in layers.items()
+        }
+        for k, part in enumerate(progress(self.portions, "incremental quantization", len(self.portions))):
+            for name, layer in layers.items():
+                layer.read(draft, name)
+                layer.round(*tables[name], part)
+            draft = _placed(draft, layers)
+            if part < 1:
+                draft = _trained(draft, task, layers, self.epochs, self.seed, k)
+        return draft.with_trees({name: layer.packed(draft, name) for name, layer in layers.items()})
+
+
 def powers(values: Array, clusters: int) -> Array:
     """Where centroids begin: 0 and plus and minus the powers of two from the largest |value| down."""
     top = np.exp2(np.floor(np.log2(max(float(np.abs(values).max(initial=0)), 1e-30))))
@@ -160,6 +198,13 @@ class _Layer:
             count = len(members) if part >= 1 else max(0, round(part * whole) - (whole - len(members)))
             chosen = members[np.argsort(-apart[members], kind="stable")[:count]]
             self._freeze(chosen, np.full(len(chosen), self.centroids[k]))
+
+    def round(self, codewords: Array, cuts: Array, part: float) -> None:
+        """Round the largest values that are free, until a part of all is rounded."""
+        free = np.flatnonzero(~self.frozen)
+        count = max(0, round(part * self.values.size) - int(self.frozen.sum()))
+        chosen = free[np.argsort(-np.abs(self.values[free]), kind="stable")[:count]]
+        self._freeze(chosen, codewords[np.searchsorted(cuts, self.values[chosen])])
 
     def _end(self) -> None:
         """Share what is left with the nearest centroid there is."""

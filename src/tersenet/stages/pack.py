@@ -27,7 +27,7 @@ from tersenet.packed import (
 from tersenet.statistics import packed, statistics
 from tersenet.structure import is_plain, once, refilled
 from tersenet.task import Task
-from tersenet.where import Where, chosen_with_vectors
+from tersenet.where import Where, chosen_with_vectors, vectors
 
 NO_GAIN = "dense: smaller than its codebook"
 LEFT_OUT = "dense: left out by the recipe"
@@ -38,7 +38,8 @@ UNSEEN = "dense: no result depends on it, so what its method needs is not known"
 class Pack:
     """Rewrite the float leaves of each weight with `method`, or with that of a rule, e.g. (("conv*", KMeans(8)),).
 
-    Biases and norms are packed by rules that fit no weight, e.g. ("*.bias", Uniform(6)) or ("kind:norm", Uniform(8)).
+    Biases and norms are packed by rules that fit no weight, e.g. ("*.bias", Uniform(6)) or ("kind:norm", Uniform(8)),
+    and all others of them by `vectors`.
     None leaves a weight alone, and so does packing that would not make a tensor smaller (its floats are as many as
     before). Methods get the statistics that they need from `samples` training inputs. Where `method` is None, what the
     rules pack is decided: no later stage changes it.
@@ -48,6 +49,7 @@ class Pack:
     rules: tuple[tuple[Where | str, Method | None], ...] = ()
     samples: int = 1024
     seed: int = 0
+    vectors: Method | None = None
 
     @property
     def makes(self) -> tuple[Kind, ...]:
@@ -61,7 +63,10 @@ class Pack:
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
-        after = repacked(draft, task, methods_of(draft, self.method, self.rules), self.samples, self.seed)
+        choices = methods_of(draft, self.method, self.rules)
+        if self.vectors is not None:
+            choices = dict.fromkeys(vectors(draft), ("", self.vectors)) | dict(choices)
+        after = repacked(draft, task, choices, self.samples, self.seed)
         return after if self.method is not None else _decided(draft, after)
 
 
