@@ -12,7 +12,8 @@ from hypothesis.extra.numpy import arrays
 from tersenet import codecs, native
 from tersenet.artifact import Artifact, Tensor
 from tersenet.codecs import CODECS, filters, huffman, literals, rans
-from tersenet.codecs.context import LANES, SMALL, Model, _Sizes, choose, encode_levels, sign_shares
+from tersenet.codecs.context import _Sizes, choose, encode_levels, sign_shares
+from tersenet.codecs.context_model import LANES, SMALL, Model
 from tersenet.codecs.stream import FormatError, Reader, Unsuited, put_number, spread, unzigzag, zigzag
 from tersenet.codecs.trellis import NEXT, follows
 from tersenet.packed import Uniform
@@ -346,6 +347,19 @@ def test_columns_that_hold_nothing_are_left_out(both):
     first = np.zeros((2000, 60), np.int32)
     first[-30:, :9] = values[:30, 0, 0, None]  # the rows that the model is chosen by are all zero
     assert np.array_equal(decoded(CODECS["context"].encode(first), first.shape), first)
+
+
+@pytest.mark.parametrize("width", [1024, 2048, 5120])
+def test_the_names_of_any_number_of_columns_are_one_row(width, monkeypatch):
+    values = np.zeros((20, width), np.int8)
+    values[:, ::3] = np.random.default_rng(12).integers(-2, 3, (20, len(range(0, width, 3))))
+    data = CODECS["context"].encode(values)
+    assert len(data) < len(encode_levels(values.astype(np.int32), Model()))
+    assert np.array_equal(CODECS["context"].decode(data, values.shape, values.dtype), values)
+    plain = encode_levels(values.astype(np.int32), Model(skip=1))
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert np.array_equal(CODECS["context"].decode(data, values.shape, values.dtype), values)
+    assert encode_levels(values.astype(np.int32), Model(skip=1)) == plain
 
 
 def test_lanes_that_have_little_to_code_come_back():

@@ -191,9 +191,10 @@ def _ledger(data: bytes) -> list[LedgerRow]:
     rows, seen = [], dict[int, str]()
     shrunk, pools = header.coded / max(header.plain, 1), {pool.form: pool for pool in header.pools}
     rules = header.meta.get("rules")
+    rules = rules if isinstance(rules, dict) else {}
     for name, tensor in header.tensors.items():
         shape, kinds, entry = tensor.tree.shape, _kinds(tensor.tree), header.entries[name]
-        note = _ruled(tensor.note, rules[name]) if isinstance(rules, dict) and name in rules else tensor.note
+        note = _ruled(tensor.note, rules[name]) if isinstance(rules.get(name), str) else tensor.note
         share = int(entry.header * shrunk)
         if id(tensor) in seen:
             rows.append(LedgerRow(name, "tied", shape, "", 0, 0, share, 0, None, f"tied to {seen[id(tensor)]}"))
@@ -203,7 +204,7 @@ def _ledger(data: bytes) -> list[LedgerRow]:
         parts = []  # codec, length, whether they are floats; of a pool the tensor's share
         for p in stored:
             pool = pools[p.form] if p.codec == POOLED else p
-            length = p.length if pool is p else pool.length * p.size // pool.size
+            length = p.length if pool is p else pool.length * p.size // max(pool.size, 1)
             parts.append((CODED[pool.codec], length, p.dtype.kind == "f"))
         payload, tables = (sum(length for _, length, floats in parts if floats == kind) for kind in (False, True))
         used = "+".join(dict.fromkeys(codec for codec, *_ in sorted(parts, key=lambda part: -part[1])))
@@ -216,11 +217,11 @@ def _ledger(data: bytes) -> list[LedgerRow]:
     return [*rows, LedgerRow("(file)", "", (), "", 0, 0, own, 0, None, "magic, version, lengths, checks, notes")]
 
 
-def _ruled(note: str, rule: Any) -> str:
+def _ruled(note: str, rule: str) -> str:
     """A note with the rule that it is due to, or beside which it stands."""
     if note.endswith("by a rule"):
-        return f"{note.removesuffix('a rule')}the rule {str(rule)!r}"
-    return f"{note}; by the rule {str(rule)!r}".removeprefix("; ")
+        return f"{note.removesuffix('a rule')}the rule {rule!r}"
+    return f"{note}; by the rule {rule!r}".removeprefix("; ")
 
 
 def _kinds(tree: Tree) -> str:

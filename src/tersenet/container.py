@@ -14,9 +14,11 @@ from tersenet.packed import NODES, Array, Packed, Tree, unpack
 MAGIC, VERSION, SMALL_VERSION = b"TERSE", 1, 2  # a file of up to `SMALL` bytes has one check for all that is in it
 PREAMBLE, FOOTER = 14, 12  # magic, version, header length, header CRC; whole length, whole CRC
 SMALL, SMALL_FOOTER = 1 << 16, 4
-HEADER_CAP, NAME_CAP, META_CAP, SECTION_CAP, RANK_CAP = 1 << 24, 1 << 10, 1 << 16, 64, 8
+HEADER_CAP, NAMES_CAP, NAME_CAP, META_CAP, SECTION_CAP, RANK_CAP = 1 << 24, 1 << 24, 1 << 10, 1 << 16, 64, 8
 # Decoded bytes: 256 MiB, or 1000 times the file up to 4 GiB, or 64 times a file that is larger.
 ALWAYS, EXPANSION, CEILING, LARGE = 1 << 28, 1000, 1 << 32, 64
+OBJECTS = 100  # bytes in memory, about, for each byte of the header
+MANY, EACH = 1 << 16, 16  # so many tensors; more have so many bytes of the file each
 ALIAS = 255  # in place of a type: the tensor is an earlier one
 SHARED = 255  # in place of a tag: the array is an earlier one
 POOLED_SIZE, POOLED_VECTOR = 64, 1024  # values of arrays, and of vectors, that share the stream of others

@@ -25,6 +25,7 @@ from tersenet.container import (
     DEFLATED,
     DICTIONARY,
     DTYPES,
+    EACH,
     EXPANSION,
     FLOATS,
     FOOTER,
@@ -35,12 +36,15 @@ from tersenet.container import (
     KINDS,
     LARGE,
     MAGIC,
+    MANY,
     META_CAP,
     NAME_CAP,
+    NAMES_CAP,
     NODE,
     NONE,
     NOTES,
     NUMBER,
+    OBJECTS,
     POOLED,
     PREAMBLE,
     RANK_CAP,
@@ -146,7 +150,7 @@ class Header:
     sections: dict[str, SectionPlace]
     plain: int
     coded: int
-    needed: int  # bytes in memory once all is decoded and unpacked, and 8 for each integer of the longest stream
+    needed: int  # bytes in memory once all is decoded and unpacked, with what its largest stream takes beside
     total: int
     small: bool  # the whole file was checked when its header was read
 
@@ -159,16 +163,12 @@ class Header:
             raise FormatError("not a tersenet file: it does not begin with TERSE")
         if preamble[5] > SMALL_VERSION:
             raise FormatError(f"the file has format version {preamble[5]}, newer than {SMALL_VERSION}: update tersenet")
-        header = _small(data) if preamble[5] == SMALL_VERSION else _large(data, preamble)
-        if header.total != data.size:
-            raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
         usual = max(ALWAYS, min(CEILING, EXPANSION * data.size), LARGE * data.size)
         allowed = usual if limit is None else limit
-        if header.needed > allowed:
-            raise FormatError(
-                f"the file would decode to {header.needed:,} bytes, over the limit of {allowed:,}:"
-                f" if you trust it, load(path, limit={header.needed})"
-            )
+        header = _small(data, allowed) if preamble[5] == SMALL_VERSION else _large(data, preamble, allowed)
+        if header.total != data.size:
+            raise FormatError("the file's length is not what its header says: it is truncated or has bytes added")
+        _allow(header.needed, allowed)
         return header
 
     def check_whole(self, data: Source) -> None:
@@ -185,17 +185,25 @@ class Header:
             raise FormatError("the file is damaged: its checksum does not fit")
 
 
-def _large(data: Source, preamble: bytes) -> Header:
+def _allow(needed: int, allowed: int) -> None:
+    if needed > allowed:
+        raise FormatError(
+            f"the file would decode to {needed:,} bytes, over the limit of {allowed:,}:"
+            f" if you trust it, load(path, limit={needed})"
+        )
+
+
+def _large(data: Source, preamble: bytes, allowed: int) -> Header:
     length, crc = struct.unpack("<II", preamble[6:].ljust(8, b"\xff"))
     if preamble[5] != VERSION or length > min(HEADER_CAP, data.size - PREAMBLE - FOOTER):
         raise FormatError("the file is truncated or damaged in its first bytes")
     coded = data.read(PREAMBLE, length)
     if zlib.crc32(preamble[:10] + coded) != crc:
         raise FormatError("the header is damaged: its checksum does not fit")
-    return _parse(_plain(coded), PREAMBLE + length, length, False)
+    return _parse(_plain(coded, allowed), PREAMBLE + length, length, data.size, False)
 
 
-def _small(data: Source) -> Header:
+def _small(data: Source, allowed: int) -> Header:
     if data.size > SMALL:
         raise FormatError("the file is damaged or has bytes added: it is larger than a small file")
     whole = data.read(0, data.size)
@@ -203,30 +211,36 @@ def _small(data: Source) -> Header:
         raise FormatError("the file is truncated, damaged or has bytes added: its checksum does not fit")
     reader = Reader(whole[:-SMALL_FOOTER], len(MAGIC) + 1)
     coded = reader.take(reader.number())
-    return _parse(inflated(coded, expanded(len(coded)), DICTIONARY), reader.at, len(coded), True)
+    plain = inflated(coded, min(expanded(len(coded)), allowed // OBJECTS), DICTIONARY)
+    return _parse(plain, reader.at, len(coded), data.size, True)
 
 
-def _plain(coded: bytes) -> bytes:
+def _plain(coded: bytes, allowed: int) -> bytes:
+    """The header as it is parsed, if there is memory for what that makes of it."""
     if coded[:1] == b"\0":
+        _allow(OBJECTS * (len(coded) - 1), allowed)
         return coded[1:]
     if coded[:1] != b"\1":
         raise FormatError("the header is of an unknown kind")
-    return inflated(coded[1:], expanded(len(coded) - 1))
+    return inflated(coded[1:], min(expanded(len(coded) - 1), allowed // OBJECTS))
 
 
-def _parse(plain: bytes, offset: int, coded: int, small: bool) -> Header:
+def _parse(plain: bytes, offset: int, coded: int, size: int, small: bool) -> Header:
     parser = _Parser(plain, offset, small)
     count = parser.number()
-    if count > parser.left:
-        raise FormatError("the header says it has more tensors than it has bytes")
+    if count > min(parser.left, max(MANY, size // EACH)):
+        raise FormatError(f"the header says it has {count:,} tensors, too many for its bytes")
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Entry] = {}
     order: list[str] = []
-    name = b""
+    name, named = b"", 0
     for _ in range(count):
         begin = parser.at
         shared = parser.number(len(name) + 1)
         name = name[:shared] + parser.take(parser.number(NAME_CAP + 1 - shared))
+        named += len(name)
+        if named > NAMES_CAP:
+            raise FormatError(f"the names of the tensors have over {NAMES_CAP:,} bytes")
         try:
             text = name.decode()
         except UnicodeDecodeError:
@@ -249,13 +263,13 @@ def _parse(plain: bytes, offset: int, coded: int, small: bool) -> Header:
     check = parser.check(bool(pools))
     try:
         meta = json.loads(parser.take(parser.number(META_CAP)) or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets in brackets
         raise FormatError("the header's notes are not JSON") from None
     sections = parser.sections() if parser.left else {}
     if parser.left or not isinstance(meta, dict):
         raise FormatError("the header is longer than its tensors")
-    total = parser.offset + (SMALL_FOOTER if small else FOOTER)
-    sizes = len(plain), coded, parser.needed + 8 * parser.longest, total
+    needed, total = OBJECTS * len(plain) + parser.needed + parser.beside, parser.offset
+    sizes = len(plain), coded, needed, total + (SMALL_FOOTER if small else FOOTER)
     return Header(tensors, entries, pools, check, meta, sections, *sizes, small)
 
 
@@ -264,7 +278,7 @@ class _Parser(Reader):
 
     def __init__(self, plain: bytes, offset: int, small: bool) -> None:
         super().__init__(plain)
-        self.offset, self.small, self.needed, self.longest = offset, small, 0, 0
+        self.offset, self.small, self.needed, self.beside = offset, small, 0, 0
         self.name, self.promises = "", list[Promise]()  # of the tensor that is read
         self.described: list[Promise] = []  # all arrays of the file, each once
         self.pooled: Counter[int] = Counter()  # how many values the pool of each format holds
@@ -308,7 +322,7 @@ class _Parser(Reader):
             kind = KINDS[tag - NODE]
             node = kind(*[self.value(depth + 1, nodes + 1) for _ in parts_of(kind)])
             node.check()
-            self.needed += 4 * math.prod(node.shape)
+            self.needed += 4 * node.room()
             return node
         if tag == NONE:
             return None
@@ -338,10 +352,14 @@ class _Parser(Reader):
         else:
             promise = Promise(self.name, shape, form, codec, self.number(), self.offset)
             self.offset += promise.length
-            self.longest = max(self.longest, size * INTEGERS[form])
+            self.streamed(form, codec, size)
         self.described.append(promise)
         self.promises.append(promise)
         return promise
+
+    def streamed(self, form: int, codec: int, size: int) -> None:
+        """Count what decoding a stream takes beside its array."""
+        self.beside = max(self.beside, size * INTEGERS[form] * (24 if CODED[codec] == "context" else 8))
 
     def check(self, coded: bool) -> int | None:
         """The CRC-32 of what was coded, 0 of nothing; a small file has none, for it is checked as a whole."""
@@ -369,7 +387,7 @@ class _Parser(Reader):
                 raise FormatError("an array has an unknown codec")
             found.append(Promise("", (count,), form, codec, length, self.offset))
             self.offset += length
-            self.longest = max(self.longest, count * INTEGERS[form])
+            self.streamed(form, codec, count)
         return found
 
     def sections(self) -> dict[str, SectionPlace]:

@@ -23,6 +23,7 @@ Tree: TypeAlias = "Packed | Array"
 
 DEEPEST = 6  # slices of both channels, another order of axes, a transform, zeros, shared values
 WORK = 1 << 13  # products for each value of an einsum's result or factors, at most
+WHOLE_BLOCK = 1 << 8  # values of a transformed block, up to which one matrix transforms it
 _SIXTEENTHS = (2.0 ** (np.arange(16) / 16)).astype(np.float32)
 _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
     np.float32
@@ -57,6 +58,10 @@ class Packed:
     def shape(self) -> tuple[int, ...]:
         """The shape that `unpack` gives, known without unpacking."""
         raise TypeError(f"{type(self).__name__} does not say its shape")
+
+    def room(self) -> int:
+        """How many floats `unpack` makes of its parts, known without unpacking."""
+        return math.prod(self.shape)
 
     def check(self) -> None:
         """Raises ValueError unless shapes and types fit together; looks at no value, so promises will do."""
@@ -200,6 +205,7 @@ class Sliced(Packed):
         _require(is_float_tree(self.child) and 0 <= self.axis < len(self.child.shape), "the axis is one of the child's")
         _require(is_integer(self.kept) and len(self.kept.shape) == 1, "kept is a vector of integers, or a mask")
         n = self.child.shape[self.axis]
+        _require(_is_shape(self.shape), "the axis is no longer than can be counted")
         fits = self.kept.shape[0] == (self.size if _is_mask(self.kept) else n)
         _require(fits and n <= self.size, "kept has the child's length, or the axis's")
 
@@ -220,9 +226,8 @@ class Factored(Packed):
 
     def unpack(self) -> Array:
         factors = [unpack(factor) for factor in self.factors]
-        terms, _, result = self.equation.replace("->", ",").rpartition(",")
         einsum = namespace(factors[0]).einsum
-        for step in contractions(terms.split(","), [factor.shape for factor in factors], result):
+        for step in self._steps():
             pair = [factors.pop(at) for at in step.operands]
             factors.append(einsum(step.equation, *pair))
         return factors[0].reshape(self.size)
@@ -230,6 +235,13 @@ class Factored(Packed):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.size)
+
+    def room(self) -> int:
+        return sum(step.size for step in self._steps())
+
+    def _steps(self) -> "list[Contraction]":
+        terms, _, result = self.equation.replace("->", ",").rpartition(",")
+        return contractions(terms.split(","), [factor.shape for factor in self.factors], result)
 
     def check(self) -> None:
         _require(isinstance(self.equation, str) and len(self.equation) <= 128, "the equation is a short text")
@@ -249,7 +261,7 @@ class Factored(Packed):
         _require(len(set(right)) == len(right) and set(right) <= set(extent), "the result's letters are known")
         _require(math.prod(extent[c] for c in right) == math.prod(self.size), "the result fills the shape")
         held = max(1, math.prod(self.size), *(math.prod(factor.shape) for factor in self.factors))
-        for step in contractions(terms, [factor.shape for factor in self.factors], right):
+        for step in self._steps():
             _require(step.work <= WORK * held and step.size <= 8 * held, "the equation's products are not too many")
 
 
@@ -287,6 +299,9 @@ class Transformed(Packed):
         coefficients = unpack(self.coefficients)
         xp = namespace(coefficients)
         height, width = self.shape[-2:]
+        if height * width > WHOLE_BLOCK:
+            rows, columns = (xp.asarray(dct(n).astype(np.float32)) for n in (height, width))
+            return rows.T @ coefficients @ columns
         kernel = xp.asarray(kernel_dct(height, width).astype(np.float32))
         return (coefficients.reshape(-1, height * width) @ kernel).reshape(self.shape)
 
@@ -296,7 +311,7 @@ class Transformed(Packed):
 
     def check(self) -> None:
         _require(is_float_tree(self.coefficients) and len(self.shape) >= 2, "coefficients have two axes or more")
-        _require(max(self.shape[-2:]) <= 64, "a transformed block is at most 64 x 64")
+        _require(all(1 <= n <= 64 for n in self.shape[-2:]), "a transformed block is at least 1 x 1, at most 64 x 64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,6 +381,9 @@ class Bloomier(Packed):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.size)
 
+    def room(self) -> int:
+        return 4 * math.prod(self.size)  # numbers, which of them are found, and where their codewords are
+
     def check(self) -> None:
         numbers = (self.bits, self.seed, self.length)
         _require(all(isinstance(n, int) for n in numbers), "bits, seed and length are numbers")
@@ -377,7 +395,7 @@ class Bloomier(Packed):
         )
         _require(is_float_tree(self.codewords) and len(self.codewords.shape) == 1, "codewords are a float vector")
         _require(self.codewords.shape[0] <= 1 << self.bits, "a codeword's number fits into a cell")
-        _require(_is_shape(self.size), "size is a shape")
+        _require(_is_shape(self.size) and math.prod(self.size) < 1 << 31, "size is a shape short of 2^31 places")
 
 
 @dataclass(frozen=True, eq=False)
@@ -404,6 +422,9 @@ class Lattice(Packed):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.size)
+
+    def room(self) -> int:
+        return 4 * math.prod(self.size)  # the dither, how far away that is, and the differences
 
     def check(self) -> None:
         numbers = (self.step, self.seed, self.dimension)
@@ -435,6 +456,9 @@ class Hashed(Packed):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.size)
 
+    def room(self) -> int:
+        return 6 * math.prod(self.size)  # buckets, which are int64, signs, and their products
+
     def check(self) -> None:
         _require(isinstance(self.seed, int) and 0 <= self.seed < 1 << 62, "a seed is a number below 2^62")
         _require(is_float_tree(self.buckets) and len(self.buckets.shape) == 1, "buckets are a float vector")
@@ -458,7 +482,7 @@ def dct(n: int) -> Array:
     return matrix
 
 
-@functools.cache
+@functools.lru_cache(64)
 def kernel_dct(height: int, width: int) -> Array:
     """The two-dimensional DCT-II matrix [height * width] squared: coefficients = matrix @ kernel, both in C order."""
     matrix = np.kron(dct(height), dct(width))

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 Array = Any
+PART = 1 << 16  # places at a time: their numbers are larger than what is made of them
 GOLDEN, FIRST, SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -17,9 +18,9 @@ def mixed(x: Array) -> Array:
     return x ^ x >> np.uint64(31)
 
 
-def numbers(seed: int, count: int) -> Array:
-    """A 64-bit number for each of `count` places: mixed(place XOR mixed(seed))."""
-    return mixed(np.arange(count, dtype=np.uint64) ^ mixed(np.uint64(seed)))
+def numbers(seed: int, first: int, end: int) -> Array:
+    """A 64-bit number for each of some places: mixed(place XOR mixed(seed))."""
+    return mixed(np.arange(first, end, dtype=np.uint64) ^ mixed(np.uint64(seed)))
 
 
 def below(bits: Array, n: int) -> Array:
@@ -29,10 +30,18 @@ def below(bits: Array, n: int) -> Array:
 
 def dither(seed: int, count: int) -> Array:
     """Uniform numbers in [-1/2, 1/2), float32: the upper 24 bits of `numbers`."""
-    return (numbers(seed, count) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24) - np.float32(0.5)
+    out = np.empty(count, np.float32)
+    for at in range(0, count, PART):
+        upper = numbers(seed, at, min(at + PART, count)) >> np.uint64(40)
+        out[at : at + PART] = upper.astype(np.float32) * np.float32(2**-24) - np.float32(0.5)
+    return out
 
 
 def buckets(seed: int, count: int, n: int) -> tuple[Array, Array]:
     """For each place one of n buckets, int64, and a sign, float32 1 or -1."""
-    found = numbers(seed, count)
-    return below(found >> np.uint64(32), n).astype(np.int64), 1 - 2 * (found & np.uint64(1)).astype(np.float32)
+    place, sign = np.empty(count, np.int64), np.empty(count, np.float32)
+    for at in range(0, count, PART):
+        found = numbers(seed, at, min(at + PART, count))
+        place[at : at + PART] = below(found >> np.uint64(32), n)
+        sign[at : at + PART] = 1 - 2 * (found & np.uint64(1)).astype(np.float32)
+    return place, sign

@@ -138,10 +138,9 @@ class Told(NamedTuple):
 
 
 def _file(told: Told, new: Artifact, base: str, result: str) -> Artifact:
-    says_of = {"base": base, "result": result, "how": told.how}
-    if groups := _sharing(new.tensors):
-        says_of |= {"shared": groups}
-    says = json.dumps(says_of, separators=(",", ":")).encode()
+    groups = _sharing(new.tensors)
+    told_of = {"base": base, "result": result, "how": told.how, **({"shared": groups} if groups else {})}
+    says = json.dumps(told_of, separators=(",", ":")).encode()
     sections = {**new.sections, UPDATE: Section(says, required=True), LOW: Section(told.low)}
     return Artifact(told.tensors, meta=new.meta, sections=sections)
 

@@ -17,13 +17,16 @@ from tersenet.container import (
     DEFLATED,
     DICTIONARY,
     DTYPES,
+    EACH,
     FLOATS,
     FOOTER,
     FORMATS,
     HEADER_CAP,
     MAGIC,
+    MANY,
     META_CAP,
     NAME_CAP,
+    NAMES_CAP,
     NODE,
     NONE,
     NOTES,
@@ -55,6 +58,8 @@ def write(
     tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any], sections: Mapping[str, Section]
 ) -> bytes:
     """The whole file."""
+    if sum(len(name.encode()) for name in tensors) > NAMES_CAP:
+        raise ValueError(f"the names of a file's tensors have at most {NAMES_CAP:,} bytes together")
     pieces: list[tuple[bytes, bytes]] = [(put_number(len(tensors)), b"")]  # of the header, each with its CRC-32
     streams = _Streams(coding)
     streams.prepare([array for tensor in tensors.values() for _, array in arrays(tensor.tree)])
@@ -77,7 +82,10 @@ def write(
     if len(meta) >= META_CAP:
         raise ValueError(f"the notes of a file have at most {META_CAP} bytes")
     pieces += [(put_number(len(meta)) + meta, b""), *_section_headers(sections, streams)]
-    return _small_file(pieces, streams.data) or _large_file(pieces, streams.data)
+    file = _small_file(pieces, streams.data) or _large_file(pieces, streams.data)
+    if len(tensors) > (most := max(MANY, len(file) // EACH)):
+        raise ValueError(f"a file of {len(file):,} bytes holds at most {most:,} tensors")
+    return file
 
 
 def _small_file(pieces: Sequence[tuple[bytes, bytes]], streams: bytearray) -> bytes | None:
