@@ -15,7 +15,7 @@ from tersenet import native
 from tersenet.splitmix import below, mixed
 
 Array = Any
-TRIES = 8  # seeds for each number of cells
+TRIES, MANY = 8, 100_000  # seeds for each number of cells; with so many keys all of them fail, or none
 FACTORS = (1.125, 1.14, 1.16, 1.18, 1.2, 1.23, 1.26, 1.3, 1.35, 1.4, 1.5, 1.7, 2.0, 3.0)  # cells a key
 
 
@@ -53,7 +53,7 @@ def built(keys: Array, values: Array, bits: int, seed: int = 0, windows: int | N
     for factor in FACTORS:
         for several in {_windows(n, factor): None, 1: None} if windows is None else (windows,):
             length = max(1, -(-math.ceil(factor * n) // (several + 2)))
-            for tried in range(seed, seed + TRIES):
+            for tried in range(seed, seed + (TRIES if n < MANY else 1)):
                 cells = _peeled(keys, values, bits, tried, length, several)
                 if cells is not None:
                     return cells, tried, length
