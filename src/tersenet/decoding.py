@@ -1,8 +1,10 @@
 """How the arrays of a file are decoded, once its header was read."""
 
+import functools
 import zlib
 from _thread import start_new_thread
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,8 +23,9 @@ from tersenet.container import (
     Section,
     Tensor,
 )
+from tersenet.deferred import Deferred
 from tersenet.header import Header, Promise, Source
-from tersenet.packed import Array, Packed, parts_of
+from tersenet.packed import Array, Packed, Tree, parts_of
 
 CONTEXT = CODED.index("context")
 Job = tuple[str, Promise, bytes]  # a tensor's name, an array of it, and the array's stream
@@ -57,20 +60,52 @@ def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Ten
     for name in unique:
         coded += _streams(name, header.entries[name].promises, header.entries[name].check, data)
     arrays = _arrays(coded)
-    pools = {pool.form: arrays[id(pool)] for pool in header.pools if id(pool) in arrays}
-    found: dict[int, Tensor] = {}
-    for name in unique:
-        tensor = header.tensors[name]
-        ready = [
-            arrays[id(p)] if p.codec != POOLED else pools[p.form][p.offset : p.offset + p.size].reshape(p.shape)
-            for p in header.entries[name].promises
-        ]
-        try:
-            tree = _filled(tensor.tree, iter(ready))
-        except ValueError as wrong:
-            raise FormatError(f"{name}: {wrong}") from None
-        found[id(tensor)] = Tensor(tree, tensor.dtype, tensor.note, tensor.error)
+    found = {
+        id(header.tensors[name]): replace(header.tensors[name], tree=_tree(header, name, arrays)) for name in unique
+    }
     return {name: found[id(header.tensors[name])] for name in names}
+
+
+@dataclass
+class Opened:
+    """A file whose tensors are decoded one by one, each when its tree is read. Its small arrays stay in memory."""
+
+    header: Header
+    data: Source
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor with its tree deferred; tied names share one."""
+        unique = {id(tensor): (name, tensor) for name, tensor in reversed(self.header.tensors.items())}
+        made = {
+            key: replace(tensor, tree=Deferred(tensor.shape, functools.partial(self.tree, name)))
+            for key, (name, tensor) in unique.items()
+        }
+        return {name: made[id(tensor)] for name, tensor in self.header.tensors.items()}
+
+    def tree(self, name: str) -> Tree:
+        """A tensor's tree; raises `FormatError` where its bytes are not those that were written."""
+        entry = self.header.entries[name]
+        arrays = _arrays(_streams(name, entry.promises, entry.check, self.data))
+        return _tree(
+            self.header, name, arrays | self.pools if any(p.codec == POOLED for p in entry.promises) else arrays
+        )
+
+    @functools.cached_property
+    def pools(self) -> dict[int, Array]:
+        return _arrays(_streams("(small arrays)", self.header.pools, self.header.pools_check, self.data))
+
+
+def _tree(header: Header, name: str, arrays: Mapping[int, Array]) -> Tree:
+    """A tensor's tree of arrays that were decoded, by the ids of their promises and of the pools."""
+    pools = {pool.form: pool for pool in header.pools}
+    ready = [
+        arrays[id(p)] if p.codec != POOLED else arrays[id(pools[p.form])][p.offset : p.offset + p.size].reshape(p.shape)
+        for p in header.entries[name].promises
+    ]
+    try:
+        return _filled(header.tensors[name].tree, iter(ready))
+    except ValueError as wrong:
+        raise FormatError(f"{name}: {wrong}") from None
 
 
 def _streams(name: str, promises: list[Promise], check: int, data: Source) -> list[Job]:

@@ -3,8 +3,8 @@
 import json
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,20 +42,26 @@ from tersenet.container import (
     Section,
     Tensor,
     expanded,
+    groups,
 )
 from tersenet.packed import NODES, Array, Packed, arrays, check_tree, parts_of
 
+COPIED = 1 << 24  # bytes of a file that are copied at a time
+
 
 def write(
-    tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any], sections: Mapping[str, Section]
+    tensors: Mapping[str, Tensor],
+    coding: Coding,
+    notes: Mapping[str, Any],
+    sections: Mapping[str, Section],
+    file: BinaryIO,
 ) -> bytes:
-    """The whole file."""
+    """Code the streams into an empty file, holding some tensors at a time; the bytes that stand before them."""
     plain, begun = bytearray(put_number(len(tensors))), list[int]()
     streams = _Streams(coding)
-    streams.prepare([array for tensor in tensors.values() for _, array in arrays(tensor.tree)])
     first: dict[int, int] = {}
     last = b""
-    for name, tensor in tensors.items():
+    for name, tensor in _prepared(tensors, streams):
         text = name.encode()
         if len(text) > NAME_CAP:
             raise ValueError(f"{name[:40]}...: a tensor's name has at most {NAME_CAP} bytes")
@@ -66,6 +72,7 @@ def write(
             plain += bytes([ALIAS]) + put_number(first[id(tensor)])
         else:
             plain += _tensor_header(name, tensor, streams)
+            streams.flush(file)
         first.setdefault(id(tensor), len(begun))
         begun.append(len(plain))
     plain += streams.pools()
@@ -73,19 +80,34 @@ def write(
     if len(meta) >= META_CAP:
         raise ValueError(f"the notes of a file have at most {META_CAP} bytes")
     plain += put_number(len(meta)) + meta + _section_headers(sections, streams)
+    streams.flush(file)
     deflated = _deflated(plain)
     small = len(deflated) < len(plain) <= expanded(len(deflated))
     coded = b"\1" + deflated if small else b"\0" + bytes(plain)
     if max(len(coded), len(plain)) > HEADER_CAP:
         raise ValueError(f"the header would be over {HEADER_CAP:,} bytes")
     head = MAGIC + bytes([VERSION]) + struct.pack("<I", len(coded))
-    own = struct.pack("<I", zlib.crc32(head + coded))
-    parts: list[bytes | bytearray] = [head, own, coded, streams.data]  # joined once: files are large
-    parts.append(struct.pack("<Q", sum(map(len, parts)) + FOOTER))
-    check = 0
-    for part in parts:
-        check = zlib.crc32(part, check)
-    return b"".join([*parts, struct.pack("<I", check)])
+    return head + struct.pack("<I", zlib.crc32(head + coded)) + coded
+
+
+def pieces(head: bytes, file: BinaryIO) -> Iterator[bytes]:
+    """The whole file, some bytes at a time: the head, the streams that `write` put into a file, the end."""
+    check, size = zlib.crc32(head), len(head)
+    yield head
+    file.seek(0)
+    while piece := file.read(COPIED):
+        check, size = zlib.crc32(piece, check), size + len(piece)
+        yield piece
+    end = struct.pack("<Q", size + FOOTER)
+    yield end + struct.pack("<I", zlib.crc32(end, check))
+
+
+def _prepared(tensors: Mapping[str, Tensor], streams: "_Streams") -> Iterator[tuple[str, Tensor]]:
+    """The tensors one by one, the large arrays of each group coded ahead."""
+    for group in groups(tensors):
+        streams.prepare([array for tensor in group.values() for _, array in arrays(tensor.tree)])
+        yield from group.items()
+        streams.ready = {}  # it goes by ids, which other arrays may get
 
 
 class _Streams:
@@ -107,6 +129,11 @@ class _Streams:
             with ThreadPoolExecutor(container.THREADS) as pool:
                 order = sorted(large, key=lambda key: -large[key].size)
                 self.ready = dict(zip(order, pool.map(lambda key: self._coded(large[key]), order), strict=True))
+
+    def flush(self, file: BinaryIO) -> None:
+        """Move what was coded into a file."""
+        file.write(self.data)
+        self.data.clear()
 
     def array(self, array: Array) -> bytes:
         """Take an array in; its header."""
