@@ -48,7 +48,8 @@ def both(request, monkeypatch):
 
 def fresh_process(script, *arguments, check=True, **environment):
     """What a script prints in a fresh Python process, with names of this folder importable."""
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)} | environment
+    paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths} | environment
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert not check or done.returncode == 0, done.stderr
