@@ -23,7 +23,7 @@ from tersenet.artifact import Artifact, Coding
 from tersenet.header import File
 from tersenet.sources import read
 
-TENSORS, SHAPE, PART = 40, (2500, 3000), 4
+TENSORS, SHAPE, PART = 40, (2500, 3000), 2
 SEED = 0
 
 

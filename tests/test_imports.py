@@ -20,7 +20,7 @@ MAY = {
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal dense", "journal": "replacing", "replacing": "",
-    "run": "contract draft task artifact journal key origins data",
+    "run": "container contract draft task artifact journal key origins data",
     "contract": "draft norms packed structure task",
     "folding": "draft norms packed structure artifact task tracing",
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"

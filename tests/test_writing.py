@@ -21,8 +21,7 @@ OLD = Artifact({"old": Tensor(floats(3))}).to_bytes()
 @pytest.fixture
 def as_large(monkeypatch):
     """Every network is written as a large one: one tensor at a time, through a scratch file."""
-    for where in ("container", "artifact"):
-        monkeypatch.setattr(f"tersenet.{where}.GROUP", -1)
+    monkeypatch.setattr("tersenet.container.GROUP", -1)
 
 
 class Fresh(Mapping):
@@ -81,7 +80,8 @@ def test_arrays_that_are_coded_ahead_are_not_taken_for_later_ones(as_large, tmp_
         Artifact(tensors, Coding(("bits", "rans"))).save(tmp_path / "w.terse")
         found = load(tmp_path / "w.terse")
         for k in range(60):
-            assert np.array_equal(found[f"w{k}"].q, make(k).q) and np.array_equal(found[f"w{k}"].unpack(), make(k).unpack())
+            assert np.array_equal(found[f"w{k}"].q, make(k).q), k
+            assert np.array_equal(found[f"w{k}"].unpack(), make(k).unpack()), k
 
 
 @pytest.mark.parametrize("wrong", [ValueError("no"), KeyboardInterrupt(), OSError(errno.EIO, "no", "source")])
@@ -107,9 +107,9 @@ def test_a_limit_and_a_missing_folder_are_told_and_leave_nothing(as_large, tmp_p
 
 def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
     script = (
-        "import resource, signal, sys, numpy as np, tersenet.artifact, tersenet.container\n"
+        "import resource, signal, sys, numpy as np, tersenet.container\n"
         "from tersenet.artifact import Artifact, Tensor\n"
-        "tersenet.artifact.GROUP = tersenet.container.GROUP = -1\n"
+        "tersenet.container.GROUP = -1\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n    Artifact({'w': Tensor(np.random.rand(5000))}).save(sys.argv[1])\n"
@@ -139,7 +139,7 @@ def test_arrays_are_kept_bit_for_bit_and_tied_ones_once():
     for name, value in back.state_dict().items():
         given = torch.as_tensor(state[name]).contiguous()
         assert value.dtype == given.dtype and value.shape == given.shape
-        assert value.numpy(force=True).tobytes() == given.numpy().tobytes() if "8" not in str(value.dtype) and value.dtype != torch.bfloat16 else torch.equal(value.view(torch.uint8), given.view(torch.uint8))
+        assert not given.numel() or torch.equal(value.view(torch.uint8), given.view(torch.uint8)), name
     assert back.tensors["a"] is back.tensors["b"] and len({id(t) for t in back.tensors.values()}) == len(state) - 1
     with pytest.raises(ValueError, match="z: cannot store complex64"):
         Artifact.of_arrays({"z": torch.zeros(3, dtype=torch.complex64)})
@@ -160,17 +160,16 @@ def test_arrays_that_come_from_elsewhere_are_looked_at_one_by_one_and_never_tied
 def test_writing_and_reading_take_the_memory_of_some_tensors_and_not_of_all(tmp_path):
     """48 tensors of 1 million float32 values are 192 MB."""
     script = (
-        "import resource, sys, numpy as np, tersenet.artifact, tersenet.container\n"
+        "import resource, sys, numpy as np, tersenet.container\n"
         "from tersenet.artifact import Artifact, Coding, Tensor, load\n"
         "from tersenet.deferred import Deferred\n"
-        "tersenet.artifact.GROUP = tersenet.container.GROUP = 1 << 20\n"
+        "tersenet.container.GROUP = 1 << 20\n"
         "def make(k):\n    return np.random.default_rng(k).normal(size=(1024, 1024)).astype(np.float32)\n"
         "def peak():\n    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "def once(count):\n"
         "    tensors = {str(k): Tensor(Deferred((1024, 1024), lambda k=k: make(k))) for k in range(count)}\n"
         "    Artifact(tensors, Coding(('bits',))).save(sys.argv[1], limit=1 << 40)\n"
         "    assert all(np.array_equal(t, make(int(k))) for k, t in load(sys.argv[1], limit=1 << 40).items())\n"
-        "tersenet.artifact.ALWAYS = 0\n"
         "once(2)\nbefore = peak()\nonce(48)\nprint(peak() - before)\n"
     )
     assert int(fresh_process(script, tmp_path / "w.terse")) < 40

@@ -18,12 +18,10 @@ import numpy as np
 
 from tersenet.codecs.stream import FormatError
 from tersenet.container import (
-    ALWAYS,
     CODED,
     FLOATS,
     FOOTER,
     FORMATS,
-    GROUP,
     POOLED,
     Coding,
     Section,
@@ -31,6 +29,7 @@ from tersenet.container import (
     as_type,
     at_hand,
     groups,
+    is_large,
 )
 from tersenet.decoding import Opened, decoded, sections_of
 from tersenet.deferred import Deferred
@@ -40,7 +39,17 @@ from tersenet.packed import Array, Packed, Tree
 from tersenet.replacing import scratch, write_atomically
 from tersenet.writing import pieces, write
 
-__all__ = ["FLOATS", "Artifact", "Coding", "FormatError", "Section", "Tensor", "as_stored", "load", "relative_error"]
+__all__ = [
+    "FLOATS",
+    "Artifact",
+    "Coding",
+    "FormatError",
+    "Section",
+    "Tensor",
+    "as_stored",
+    "load",
+    "relative_error",
+]
 
 
 class LedgerRow(NamedTuple):
@@ -111,6 +120,11 @@ class Artifact(Mapping[str, Tree]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
+
+    def check(self) -> None:
+        """Raises `FormatError` unless every tensor can be decoded; holds some at a time of a large file."""
+        for _ in groups(self.tensors):
+            pass
 
     def unpack(self) -> dict[str, Array]:
         """Every tensor as a dense NumPy array; tied names share one array."""
@@ -187,15 +201,14 @@ class Artifact(Mapping[str, Tree]):
         A large network is coded into a scratch file beside it first, with some tensors in memory at a time. Raises
         ValueError where `load` with the same `limit` would refuse to open it.
         """
-        path, large = Path(path), sum(math.prod(tensor.shape) for tensor in self.tensors.values()) > GROUP
-        if large and (self._source is None or not self._source.whole):
+        path = Path(path)
+        if (self._source is None or not self._source.whole) and is_large(self.tensors):
             with scratch(path) as file:
                 head = write(self.tensors, self.coding, self.meta, self.sections, file)
                 self._source = Memory(head, len(head) + file.tell() + FOOTER)
                 _check_limit(path, self._source, limit)
                 write_atomically(path, pieces(head, file))
         else:
-            self.to_bytes() if self._source is None else None
             _check_limit(path, self._coded(), limit)
             write_atomically(path, checked(self._coded()))
 
@@ -210,9 +223,10 @@ class Artifact(Mapping[str, Tree]):
 def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit: int | None = None) -> Artifact:
     """Open a file and check every byte of it; or open the named tensors of it alone, without reading the others.
 
-    What takes up to 256 MiB decoded, and named tensors, are decoded at once. A file that takes more stays open as long
-    as the artifact or one of its tensors is held, each decoded from it and checked again when its tree is read, so one
-    that is damaged since raises `FormatError` then; Windows does not let a file that is open be replaced.
+    Networks of up to 33 million values, and named tensors, are decoded at once. The file of a larger network stays open
+    as long as the artifact or one of its tensors is held: each is decoded, and checked again, when its tree is read, so
+    one that cannot be decoded, or was damaged since, raises `FormatError` then. Windows does not let a file that is
+    open be replaced.
     `limit` is how many decoded bytes are allowed; without it 256 MiB, or a thousand times the file's size up to 4 GiB,
     or 64 times the size of a file that is larger. Raises `FormatError` for all but whole, undamaged files of ours.
     """
@@ -221,7 +235,7 @@ def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit
         if isinstance(data, File):
             stack.callback(data.close)
         header = Header.read(data, limit)
-        large = header.needed > ALWAYS
+        large = is_large(header.tensors)
         if tensors is None:
             if not large and isinstance(data, File):
                 data = Memory(data.read(0, data.size))

@@ -59,7 +59,7 @@ IN_MEMORY = tuple(np.dtype(held) for held, _ in FORMATS)
 INTEGERS = tuple(WIDTH.get(stored, 1) for _, stored in FORMATS)  # that codecs see for a value: a float's bytes
 THREADS = 1 if sys.platform == "emscripten" else min(4, cores.usable())  # a browser's Python has none to start
 WORTH_A_THREAD = 1 << 14  # integers beside the largest array
-GROUP = 1 << 24  # values of tensors that are in memory at a time, where a tensor alone has not more
+GROUP = 1 << 25  # values, over which a network is large: so many are in memory at a time, or one tensor that has more
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ def as_type(dense: Array, dtype: str) -> Array:
     quiet = words & np.uint32(0xFFFF0000) | np.uint32(0x400000)  # rounding would make some NaN a zero
     rounded = np.where(np.isnan(single).reshape(-1) & (low > 0), quiet, rounded)
     return rounded.view(np.float32).reshape(single.shape)
+
+
+def is_large(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a network is decoded and written some tensors at a time."""
+    return sum(math.prod(tensor.shape) for tensor in {id(t): t for t in tensors.values()}.values()) > GROUP
 
 
 def groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
