@@ -182,6 +182,21 @@ def test_large_bytes_are_decoded_when_they_are_asked_for_too(monkeypatch):
     assert np.array_equal(lazy["half"], [1.5, 2.5])
 
 
+def test_the_command_decodes_all_of_a_large_file_before_it_calls_it_whole(monkeypatch, tmp_path, capsys):
+    cli = pytest.importorskip("tersenet.cli")
+    monkeypatch.setattr("tersenet.container.GROUP", -1)
+    tree = trees()["Codebook"]
+    for name, shift in (("good", 0), ("bad", 200)):
+        tensors = {"a": Tensor(floats(5, 5)), "b": Tensor(replace(tree, index=tree.index + np.uint8(shift)))}
+        (tmp_path / name).write_bytes(Artifact(tensors).to_bytes())
+    cli.main(["verify", str(tmp_path / "good")])
+    assert "whole and undamaged" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        cli.main(["verify", str(tmp_path / "bad")])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and "bad: b: an index is past the codewords" in said.err and not said.out
+
+
 @posix
 def test_a_file_that_is_replaced_stays_what_was_opened(opened, tmp_path):
     first, second = (Artifact({"w": Tensor(np.full((40, 40), k, np.float32))}) for k in (1, 2))

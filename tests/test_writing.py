@@ -141,8 +141,10 @@ def test_arrays_are_kept_bit_for_bit_and_tied_ones_once():
         assert value.dtype == given.dtype and value.shape == given.shape
         assert not given.numel() or torch.equal(value.view(torch.uint8), given.view(torch.uint8)), name
     assert back.tensors["a"] is back.tensors["b"] and len({id(t) for t in back.tensors.values()}) == len(state) - 1
-    with pytest.raises(ValueError, match="z: cannot store complex64"):
-        Artifact.of_arrays({"z": torch.zeros(3, dtype=torch.complex64)})
+    for name, value in {"complex64": torch.zeros(3, dtype=torch.complex64), "sparse": torch.eye(3).to_sparse()}.items():
+        with pytest.raises(ValueError, match=f"z: cannot store .*{name}"):
+            Artifact.of_arrays({"z": value})
+    assert load(Artifact.of_arrays({"n": np.float32(3), "m": np.float32(3)}).to_bytes())["m"] == 3
 
 
 def test_arrays_that_come_from_elsewhere_are_looked_at_one_by_one_and_never_tied(as_large, tmp_path, monkeypatch):

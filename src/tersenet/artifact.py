@@ -99,11 +99,11 @@ class Artifact(Mapping[str, Tree]):
         tensors, seen = dict[str, Tensor](), dict[Any, tuple[Any, str]]()
         for name in state:
             value = state[name]
+            array, kind = as_stored(name, value)
             other, first = seen.get(place(value), (lambda: None, name))
-            if other() is not None:  # else its place in memory was free, and says nothing
+            if other() is not None:  # else its place in memory was free again, and says nothing
                 tensors[name] = tensors[first]
                 continue
-            array, kind = as_stored(name, value)
             tensors[name] = Tensor(Deferred(array.shape, functools.partial(_stored, state, name)), kind)
             if place(value) is not None:
                 seen[place(value)] = weakref.ref(value), name

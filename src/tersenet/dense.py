@@ -41,7 +41,8 @@ def place(value: Array) -> Any:
     """Where the numbers lie in memory and how they are laid out, as tied tensors share it; None without numbers."""
     if hasattr(value, "data_ptr"):
         return (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype) if value.numel() else None
-    return (value.ctypes.data, value.shape, value.strides, value.dtype) if value.size else None
+    known = isinstance(value, np.ndarray) and value.size
+    return (value.ctypes.data, value.shape, value.strides, value.dtype) if known else None
 
 
 def relative_error(array: Array, original: Array) -> float:
