@@ -3,6 +3,7 @@
 Run: make bench NAME=codecs. Streams of 4,194,304 symbols on one thread, CPU time, medians of the rounds of one run:
 S, 80 % zeros and 15 levels of Gaussian tails (4 bit); L, Laplace of scale 14 (8 bit). With NNC_PYTHON (see nnc_peer.py)
 also ResNet-20's levels as the ISO codec quantized them (uniform, qp -20), weights alone, both as whole streams.
+Whole files, as floats and with matrices in 8 bits by row, are encoded on all cores, by the clock and in CPU time.
 """
 
 import json
@@ -19,7 +20,7 @@ import constriction
 import numpy as np
 import zstandard
 from scipy.stats import norm
-from table import ROOT, real_data, write
+from table import ROOT, in_rounds, real_data, write
 
 from tersenet import native
 from tersenet.codecs import CODECS, rans
@@ -151,6 +152,31 @@ def of_levels(levels):
     return sum(len(c) for c, *_ in coded), median(lambda: [coder.decode(*c) for c in coded], 15)
 
 
+def whole_files():
+    from tersenet.artifact import Artifact, Tensor
+    from tersenet.methods.uniform import Uniform
+
+    _, models = real_data()
+    rows = []
+    for network in ("resnet20", "squeezenet11", "mobilenetv2"):
+        state = {name: t.numpy() for name, t in models.load(network).state_dict().items()}
+        levels = {name: Uniform(8, by_row=True).pack(w) if w.ndim > 1 else w for name, w in state.items()}
+        count = sum(w.size for w in state.values())
+        for method, trees in (("float32", state), ("8 bits", levels)):
+            tensors = {name: Tensor(tree, str(state[name].dtype)) for name, tree in trees.items()}
+            ((clock, spent),) = in_rounds([lambda tensors=tensors: Artifact(tensors).to_bytes()], 3)
+            rows.append(
+                {
+                    "network": network,
+                    "method": f"whole file, {method}",
+                    "bytes": Artifact(tensors).nbytes,
+                    "encode_mvalues_s": round(count / clock / 1e6, 2),
+                    "encode_mvalues_cpu_s": round(count / spent / 1e6, 2),
+                }
+            )
+    return rows
+
+
 def loading():
     """CPU seconds of a fresh process that imports tersenet and loads a LeNet-5 of 3 % density; what is installed."""
     from tersenet.artifact import Artifact, Tensor
@@ -194,7 +220,7 @@ def loading():
 
 
 if __name__ == "__main__":
-    rows = measure() + loading()
+    rows = measure() + whole_files() + loading()
     if os.environ.get("NNC_PYTHON"):
         rows += against_the_iso_codec(os.environ["NNC_PYTHON"])
     write("codecs", rows, 0, simd=PATHS[native.simd()])

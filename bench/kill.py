@@ -70,6 +70,7 @@ def measure(name: str, kills: int) -> dict[str, object]:
             else:
                 assert file.read_bytes() == whole, f"{name}: other bytes after {len(lost)} kills"
                 done, round_ = done + 1, round_ + 1
+                print(f"{name}: {len(lost)} of {kills} kills, {done} runs done", file=sys.stderr, flush=True)
             running.wait()
     mark = hashlib.sha256(whole).hexdigest()[:16]
     row = {"network": "lenet5", "run": name, "kills": len(lost), "runs_done": done, "bytes": len(whole), "sha256": mark}

@@ -22,6 +22,7 @@
 #define RARE(condition) __builtin_expect(condition, 0)
 #define KEEP(value) __asm__("" : "+r"(value)) /* in a register, and not a reason to branch */
 #define UNROLL _Pragma("GCC unroll 4")
+#define FETCH(place) __builtin_prefetch(place)
 #define TAKE(next) __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)
 #else
 #define INLINE static inline
@@ -29,6 +30,7 @@
 #define RARE(condition) (condition)
 #define KEEP(value) ((void)(value))
 #define UNROLL
+#define FETCH(place) ((void)(place))
 #if defined(_MSC_VER)
 #include <intrin.h>
 #define TAKE(next) _InterlockedExchangeAdd((volatile long *)(next), 1)

@@ -627,6 +627,33 @@ again:
     return capacity - at;
 }
 
+int64_t terse_context_size(const int32_t *in, const terse_model *m, uint64_t *listed, int64_t room, float *mean) {
+    estimates s;
+    uint64_t states[LANES] = {0};
+    int64_t bits = 0, error = checked(m);
+    if (error) return error;
+    if (m->low || m->signs) return TERSE_EARGUMENT;
+    if (terse_abi() == 0) return TERSE_EBUILD;
+    begin(&s, m);
+    stream c = {.list = listed, .capacity = room};
+    if (m->trellis) code_matrix(&c, &s, m, (int32_t *)in, states, mean, 0, 0, 1, 0);
+    else code_matrix(&c, &s, m, (int32_t *)in, states, mean, 0, 0, 0, 0);
+    if (c.listed > room) return TERSE_ERANGE;
+    double product[4] = {1, 1, 1, 1}; /* of shares: the exponents are the bits, so there is no logarithm that machines differ in */
+    for (int64_t k = 0; k < c.listed; k += 256) {
+        const int64_t end = k + 256 < c.listed ? k + 256 : c.listed;
+        for (int64_t j = k; j < end; j++) product[j & 3] *= (double)(listed[j] >> 16 & 0xffff);
+        for (int32_t l = 0; l < 4; l++) {
+            uint64_t word;
+            memcpy(&word, &product[l], sizeof word);
+            bits -= (int64_t)(word >> 52) - 1023;
+            word = (word & (((uint64_t)1 << 52) - 1)) | (uint64_t)1023 << 52;
+            memcpy(&product[l], &word, sizeof word);
+        }
+    }
+    return BITS * c.listed + bits;
+}
+
 /* A number of seven bits a byte, in its shortest form and under `limit`; -1 where there is none. */
 static int64_t number(const uint8_t **in, const uint8_t *end, int64_t limit) {
     uint64_t value = 0;

@@ -25,7 +25,7 @@
 #define TERSE_EBUILD -5 /* terse_abi() is 0 */
 
 /* Goes up with every change of what stands here, so that nobody calls a library that another header belongs to. */
-#define TERSE_ABI 1
+#define TERSE_ABI 4
 
 /* TERSE_ABI; or 0 where this build would code otherwise than all others: where a product is not rounded before anything is
  * added to it (compile with -ffp-contract=off, on 32-bit x86 with -msse2 -mfpmath=sse), or the highest byte lies first. */
@@ -70,6 +70,10 @@ TERSE_API int64_t terse_rans_decode(const uint8_t *in, int64_t length, const uin
 /* rans.py: n bytes to 2 n nibbles, the low one first. */
 TERSE_API int64_t terse_rans_split(const uint8_t *in, int64_t n, uint8_t *out);
 
+/* literals.py: n bytes as a raw LZMA2 stream of literals alone, with `context` (0..4) bits of the byte before, and of stored
+ * bytes where they look like noise. Needs room for 7 bytes more for each 1024, and 8. */
+TERSE_API int64_t terse_literals_encode(const uint8_t *in, int64_t n, int32_t context, uint8_t *out, int64_t capacity);
+
 /* Trellis-coded quantization (Marcellin and Fischer 1990) in the form of dependent quantization: a state that is even holds
  * an even level, one that is odd an odd level or zero. A level's number is half of its size, rounded up; whether that is
  * even or odd leads to the next state. A line begins in state 0. */
@@ -101,6 +105,10 @@ typedef struct {
  * five rows with a column more; NULL where signs have no contexts. Returns the bytes written, or an error. */
 TERSE_API int64_t terse_context_encode(const int32_t *in, const terse_model *model, uint64_t *list, int64_t listed,
                                        uint8_t *out, int64_t capacity, float *mean, uint8_t *around);
+
+/* About how many bits the stream of an array takes that holds magnitudes alone (low = 0). `list` and `mean` as above. */
+TERSE_API int64_t terse_context_size(const int32_t *in, const terse_model *model, uint64_t *list, int64_t listed,
+                                     float *mean);
 
 /* A stream at `in` and where its array belongs, both from the beginning of what all share; the integers' bytes, 1, 2, 4 or
  * 8; how the array is walked; and what its type can hold. `places` is how many lie in a kernel, or 1 if that is over 64.
@@ -141,4 +149,28 @@ TERSE_API int64_t terse_feedback(double *whitened, const double *lines, const do
 /* surgeon.py: removes `count` of n weights one by one, the cheapest first, from w and the inverse moment [n][n], both of
  * which are used up. */
 TERSE_API int64_t terse_surgeon(double *w, double *inverse, int64_t n, int64_t count, int32_t *order, double *costs);
+
+/* product.py: for each of n vectors [n][d] the number of its nearest codeword, the first among equals. Codewords lie in blocks
+ * of TERSE_NEAREST, [blocks][1 + d][TERSE_NEAREST]: half of each one's squared length, which is infinite behind the last, and
+ * its values. */
+#define TERSE_NEAREST 32
+TERSE_API int64_t terse_nearest(const float *vectors, int64_t n, int32_t d, const float *codewords, int32_t blocks,
+                                int32_t *index);
+
+/* bloomier.py: a Bloomier filter of (windows + 2) * length cells of `bits` (1..16), whose three cells for a key lie in three
+ * segments in a row. Building needs room for three numbers a cell, and fails with TERSE_EDATA where another seed is needed;
+ * a query gives the values of the keys from `first` on, those of keys that were not given too. */
+TERSE_API int64_t terse_bloomier_build(const int64_t *keys, const uint16_t *values, int64_t n, int64_t seed, int64_t length,
+                                       int64_t windows, int32_t bits, uint16_t *cells, uint32_t *degree, uint32_t *alone,
+                                       uint32_t *queue);
+TERSE_API int64_t terse_bloomier_query(const uint16_t *cells, int64_t first, int64_t n, int64_t seed, int64_t length,
+                                       int64_t windows, int32_t bits, uint16_t *out);
+
+/* ternary.py: 3LC (Lim, Andersen, Kaminsky 2019): B = values + residual to three values, quartic and zero-run encoding.
+ * `*scale` is the sparsity multiplier, 1 <= s < 2, and becomes M = s max|B|, or 0 where nothing was sent. The residual becomes
+ * B - M q, exactly. TERSE_ETYPE where B is not finite or M would not be; the residual is then as it was. `out` has room for
+ * (n + 4) / 5 bytes. */
+TERSE_API int64_t terse_threelc_encode(const float *values, float *residual, int64_t n, float *scale, uint8_t *out,
+                                       int64_t capacity);
+TERSE_API int64_t terse_threelc_decode(const uint8_t *in, int64_t length, const float *scale, int64_t n, float *out);
 #endif

@@ -11,9 +11,21 @@ import pytest
 
 from tersenet import native
 from tersenet.artifact import Artifact, Coding, Section, Tensor
+from tersenet.bloomier import built
 from tersenet.codecs import CODECS
 from tersenet.codecs.trellis import NEXT
-from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Sparse, Transformed, Uniform
+from tersenet.packed import (
+    Bloomier,
+    Codebook,
+    Factored,
+    Hashed,
+    Lattice,
+    Reshaped,
+    Sliced,
+    Sparse,
+    Transformed,
+    Uniform,
+)
 
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -48,7 +60,7 @@ def both(request, monkeypatch):
 
 def fresh_process(script, *arguments, check=True, **environment):
     """What a script prints in a fresh Python process, with names of this folder importable."""
-    paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths} | environment
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -58,6 +70,12 @@ def fresh_process(script, *arguments, check=True, **environment):
 
 def floats(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def bloomier(rng):
+    """Cells, codewords, bits, seed and length of a filter with a value for 20 of 120 places."""
+    cells, seed, length = built(np.sort(rng.choice(120, 20, False)), rng.integers(0, 5, 20), 6)
+    return cells.astype(np.uint8), floats(5), 6, seed, length
 
 
 def trees():
@@ -80,6 +98,9 @@ def trees():
         "Sliced": Sliced(np.array([0, 2, 5], np.uint8), floats(4, 3), 1, 7),
         "Factored": Factored("or,ri->oi", (floats(6, 2), Uniform(np.ones((2, 5), np.int8), scale)), (6, 5)),
         "Transformed": Transformed(Uniform(levels, scale, None, steps)),
+        "Lattice": Lattice(Codebook(np.arange(8, dtype=np.uint8) % 3, floats(3, 2)), -35, 7, 2, (3, 5)),
+        "Hashed": Hashed(floats(9), 11, (4, 5)),
+        "Bloomier": Bloomier(*bloomier(rng), (6, 20)),
         "Reshaped": Reshaped(Uniform(levels, floats(4, 1, 1, 1)), (2, 3, 2, 3, 3), (0, 2, 1, 3, 4), (6, 2, 3, 3)),
     }
 
@@ -96,7 +117,7 @@ def path_levels(*shape):
 
 
 def small_files():
-    """Bytes of files that hold every node, every codec, tied, empty, scalar and odd tensors."""
+    """Bytes of files that hold every node, every codec, tied, shared, empty, scalar and odd tensors."""
     rng = np.random.default_rng(2)
     files = {f"node-{name}": Artifact({"layer.weight": Tensor(tree)}).to_bytes() for name, tree in trees().items()}
     shared = Tensor(floats(3, 4))
@@ -113,6 +134,10 @@ def small_files():
     files["odd"] = Artifact(odd, meta={"metric": 0.5}).to_bytes()
     sections = {"graph": Section(b"a graph, a graph, a graph, a graph"), "\u00e9": Section(b"\0\1\2"), "": Section(b"")}
     files["sections"] = Artifact({"w": shared}, sections=sections).to_bytes()
+    files["small"] = Artifact(odd | {n: Tensor(t, error=0.1) for n, t in trees().items()}, sections=sections).to_bytes()
+    codewords = floats(40, 9)
+    several = [Codebook(rng.integers(0, 40, (n, 8)).astype(np.uint8), codewords) for n in (5, 6)]
+    files["shared"] = Artifact({f"w{k}": Tensor(tree) for k, tree in enumerate(several)}).to_bytes()
     values = {
         "trits": rng.integers(-1, 2, (3, 67)),
         "wide": rng.integers(0, 1000, (5, 20)),

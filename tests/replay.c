@@ -52,6 +52,13 @@ static int64_t call(int64_t function) {
     case 14: return terse_context_decode(P(0), P(1), I(2), P(3), P(4), P(5), P(6), I(7));
     case 15: return terse_feedback(P(0), P(1), P(2), &f, P(16), P(17), P(18));
     case 16: return terse_surgeon(P(0), P(1), I(2), I(3), P(4), P(5));
+    case 17: return terse_context_size(P(0), &m, P(17), I(18), P(19));
+    case 18: return terse_literals_encode(P(0), I(1), W(2), P(3), I(4));
+    case 19: return terse_threelc_encode(P(0), P(1), I(2), P(3), P(4), I(5));
+    case 20: return terse_threelc_decode(P(0), I(1), P(2), I(3), P(4));
+    case 21: return terse_nearest(P(0), I(1), W(2), P(3), W(4), P(5));
+    case 22: return terse_bloomier_build(P(0), P(1), I(2), I(3), I(4), I(5), W(6), P(7), P(8), P(9), P(10));
+    case 23: return terse_bloomier_query(P(0), I(1), I(2), I(3), I(4), I(5), W(6), P(7));
     }
     exit(2);
 }

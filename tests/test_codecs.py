@@ -1,5 +1,6 @@
 """One contract over the table of codecs, and each codec's own promises."""
 
+import lzma
 import math
 
 import numpy as np
@@ -9,10 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tersenet import codecs, native
-from tersenet.codecs import CODECS, filters, huffman, rans
-from tersenet.codecs.context import LANES, SMALL, Model, choose, encode_levels, sign_shares
-from tersenet.codecs.stream import FormatError, Reader, Unsuited, put_number, unzigzag, zigzag
+from tersenet.artifact import Artifact, Tensor
+from tersenet.codecs import CODECS, filters, huffman, literals, rans
+from tersenet.codecs.context import _Sizes, choose, encode_levels, sign_shares
+from tersenet.codecs.context_model import LANES, SMALL, Model
+from tersenet.codecs.stream import FormatError, Reader, Unsuited, put_number, spread, unzigzag, zigzag
 from tersenet.codecs.trellis import NEXT, follows
+from tersenet.packed import Uniform
 
 RNG = np.random.default_rng(0)
 TYPES = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.bool_]
@@ -115,6 +119,87 @@ def test_the_smallest_codec_wins_and_speed_costs_at_most_five_per_cent():
     fast_name, fast = codecs.encode(values, prefer="speed")
     assert len(fast) <= 1.05 * len(data) + 16
     assert CODECS[fast_name].pace >= CODECS[name].pace
+
+
+def laplace(scale, shape):
+    return np.clip(np.rint(np.random.default_rng(13).laplace(0, scale, shape)), -128, 127).astype(np.int8)
+
+
+PLANES = np.random.default_rng(12).normal(0, 0.05, 20_000).astype("<f4").view(np.uint8).reshape(-1, 4).T.reshape(-1)
+LARGE = {
+    "wide": laplace(20, (64, 64, 3, 3)),
+    "narrow": laplace(0.5, (300, 100)),
+    "columns": np.rint(laplace(20, (128, 200)) * np.geomspace(0.01, 1, 200)).astype(np.int8),
+    "head of zeros": np.concatenate([np.zeros((100, 100), np.int8), laplace(9, (200, 100))]),
+    "head of noise": np.concatenate([RNG.integers(-128, 128, (40, 100)), np.zeros((400, 100))]).astype(np.int8),
+    "strings": np.tile(laplace(30, 300), 100),
+    "sparse": np.where(RNG.random((400, 100)) < 0.03, 5, 0).astype(np.uint8),
+    "planes of floats": PLANES,
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_tried_on_a_part_comes_as_small_as_what_is_tried_whole(name):
+    _, data = codecs.encode(LARGE[name])
+    assert len(data) <= 1.003 * min(
+        len(CODECS[c].encode(LARGE[name])) for c in codecs.DEFAULT if suited(c, LARGE[name])
+    )
+
+
+def test_a_value_that_the_part_lacks_is_coded_by_what_can_hold_it():
+    values = RNG.integers(0, 3, 100_000).astype(np.int32)
+    values[777] = 1 << 26  # too far for all but the general compressors
+    name, data = codecs.encode(values)
+    assert len(data) <= 1.01 * min(len(CODECS[c].encode(values)) for c in codecs.GENERAL[:3])
+    assert np.array_equal(codecs.decode(name, data, values.shape, values.dtype), values)
+
+
+@pytest.mark.parametrize("shape", [(5000,), (64 * 1024,), (1, 700, 9), (64, 20, 3, 3), (5, 4000), (7,)])
+@pytest.mark.parametrize("most", [64, 4096])
+def test_a_part_comes_from_all_over_an_array(shape, most):
+    values = np.arange(math.prod(shape)).reshape(shape)
+    part = spread(values, most)
+    assert np.unique(part).size == part.size and np.isin(part, values).all()
+    assert part.size <= max(2 * most, values.size // 5)
+    assert part.size == values.size or {0, 1, 2, 3} <= {int(k) * 4 // values.size for k in part.flat} or len(part) < 4
+
+
+@pytest.mark.parametrize("context", range(5))
+@pytest.mark.parametrize("kind", ["floats", "zeros", "noise", "mixed", "ones", "one"])
+def test_literals_are_lzma2_and_the_twin_makes_the_same_bytes(kind, context, monkeypatch):
+    noise = RNG.integers(0, 256, 9000, np.uint8)
+    some = {"floats": PLANES[: 4 * 2500], "zeros": np.zeros(70_000, np.uint8), "noise": noise, "one": noise[:1]}
+    some |= {"mixed": np.where(np.arange(9000) // 1300 % 2, noise, noise // 16), "ones": np.full(3000, 255, np.uint8)}
+    data = some[kind].astype(np.uint8).tobytes()
+    coded = literals.encode(data, context)
+    assert lzma.decompress(coded, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 12}]) == data
+    assert len(coded) <= len(data) + 3 * (len(data) // 1024 + 1) + 1
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert literals.encode(data, context) == coded
+
+
+def test_literals_code_planes_of_floats_smaller_than_lzma_with_its_matches():
+    usual = lzma.compress(PLANES.tobytes(), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
+    assert len(literals.encode(PLANES.tobytes(), 0)) < 0.995 * len(usual)
+    assert len(CODECS["lzma"].encode(np.tile(RNG.integers(0, 256, 5000, np.uint8), 8))) < 5500  # here they are worth it
+
+
+@pytest.mark.parametrize("model", [Model(), Model(1, 1, 2, 3, 1, 0), Model(skip=1), Model(trellis=1)])
+def test_what_a_model_is_compared_by_is_what_it_takes(model, both):
+    sizes = np.abs(path(9, (24, 40), 0.3))
+    bits = _Sizes(sizes, model, int(sizes.max())).bits(model)
+    names = 40 * model.skip
+    assert abs(bits / 8 - len(encode_levels(sizes, model))) < 30 + names
+
+
+def test_any_number_of_threads_makes_the_same_file(monkeypatch):
+    tensors = {f"w{k}": Tensor(Uniform(laplace(k + 1, (64, 80 + k)), np.array(0.5, np.float32))) for k in range(5)}
+    tensors |= {f"f{k}": Tensor(np.random.default_rng(k).normal(size=(50, 60)).astype(np.float32)) for k in range(3)}
+    files = set()
+    for cores in (1, 2, 5):
+        monkeypatch.setattr("tersenet.container.CORES", cores)
+        files.add(Artifact(tensors).to_bytes())
+    assert len(files) == 1
 
 
 @given(st.integers(-(2**70), 2**70))
@@ -262,6 +347,19 @@ def test_columns_that_hold_nothing_are_left_out(both):
     first = np.zeros((2000, 60), np.int32)
     first[-30:, :9] = values[:30, 0, 0, None]  # the rows that the model is chosen by are all zero
     assert np.array_equal(decoded(CODECS["context"].encode(first), first.shape), first)
+
+
+@pytest.mark.parametrize("width", [1024, 2048, 5120])
+def test_the_names_of_any_number_of_columns_are_one_row(width, monkeypatch):
+    values = np.zeros((20, width), np.int8)
+    values[:, ::3] = np.random.default_rng(12).integers(-2, 3, (20, len(range(0, width, 3))))
+    data = CODECS["context"].encode(values)
+    assert len(data) < len(encode_levels(values.astype(np.int32), Model()))
+    assert np.array_equal(CODECS["context"].decode(data, values.shape, values.dtype), values)
+    plain = encode_levels(values.astype(np.int32), Model(skip=1))
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert np.array_equal(CODECS["context"].decode(data, values.shape, values.dtype), values)
+    assert encode_levels(values.astype(np.int32), Model(skip=1)) == plain
 
 
 def test_lanes_that_have_little_to_code_come_back():

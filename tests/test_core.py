@@ -16,8 +16,11 @@ from test_feedback import WAYS, even, levels, problem
 from test_golden import GOLDEN, HASHES, fingerprint
 
 from tersenet import container, native
+from tersenet.bloomier import built, queried
 from tersenet.codecs import CODECS
 from tersenet.codecs.stream import Unsuited
+from tersenet.codecs.ternary import decode, encode
+from tersenet.methods.product import nearest
 from tersenet.methods.recursion import EDGES
 from tersenet.methods.surgeon import removals
 
@@ -27,7 +30,8 @@ STRICT = ["-std=c11", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedanti
 FUNCTIONS = [
     *("bits_encode", "bits_decode", "trits_encode", "trits_decode", "gaps_encode", "gaps_decode", "runs_encode"),
     *("runs_decode", "huffman_encode", "huffman_decode", "rans_encode", "rans_decode", "rans_split"),
-    *("context_encode", "context_decode", "feedback", "surgeon"),
+    *("context_encode", "context_decode", "feedback", "surgeon", "context_size", "literals_encode"),
+    *("threelc_encode", "threelc_decode", "nearest", "bloomier_build", "bloomier_query"),
 ]  # in the order of replay.c
 MACHINES = {  # a compiler with its flags, and what runs its programs here
     "this": ("cc", ""),
@@ -82,7 +86,7 @@ def members(s):
 
 
 def exercised():
-    """Calls every function of the core: golden files, every codec, error feedback, the surgeon."""
+    """Calls every function of the core: golden files, every codec, error feedback, the surgeon, vectors, filters."""
     for name in HASHES:
         assert fingerprint((GOLDEN / f"{name}.terse").read_bytes()) == HASHES[name]
     rng = np.random.default_rng(0)
@@ -98,6 +102,13 @@ def exercised():
         levels(w, metric, even(w, 0.2), 0.5, rng.random(w.shape) < 0.4 if some else None, trellis)
     root = rng.normal(size=(30, 30))
     removals(root[0], np.linalg.inv(root @ root.T + np.eye(30)), 20)
+    for spread in (1e-40, 1, 1e30):
+        values, residual = rng.laplace(0, spread, (2, 12_007)).astype(np.float32)
+        decode(encode(values, residual, 1.5), values.size)
+    nearest(*(rng.normal(size=(n, 5)).astype(np.float32) for n in (900, 70)))
+    keys = np.sort(rng.choice(9_000, 700, replace=False))
+    cells, seed, length = built(keys, keys % 6, 5)
+    queried(cells, 9_000, seed, length, 5)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +137,7 @@ def calls():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "call", recorded)
         patch.setattr(container, "THREADS", 1)
+        patch.setattr(container, "CORES", 1)
         exercised()
     assert names == set(FUNCTIONS)
     return b"".join(record)

@@ -9,7 +9,8 @@ from tersenet.artifact import Artifact, Tensor
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
-    "packed": "", "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
+    "packed": "bloomier splitmix", "bloomier": "native splitmix", "splitmix": "",
+    "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
     "information": "",
     "task": "data cores", "likelihood": "task data", "allocators": "task journal budget",
     "codecs": "native", "deferred": "packed", "dense": "container packed",
@@ -17,7 +18,7 @@ MAY = {
     "decoding": "container header packed codecs deferred", "writing": "container packed codecs",
     "norms": "container",
     "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense",
-    "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs",
+    "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal dense", "journal": "replacing", "replacing": "",
     "run": "container contract draft task artifact journal key origins data",
@@ -26,7 +27,7 @@ MAY = {
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
                     " likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
-              " tracing norms structure contract where statistics checkpoint key journal cores",
+              " tracing norms structure contract where statistics checkpoint key journal cores bloomier splitmix",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
     "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages"
                " strength task where",
@@ -35,9 +36,11 @@ MAY = {
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
     "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
+    "flower": "codecs", "updates": "artifact container decoding header packed codecs sources",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
+    "published": "artifact packed",
     "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs"
-           " promise recipe_file",
+           " promise published recipe_file updates",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",

@@ -8,7 +8,9 @@ from conftest import floats
 
 from tersenet.methods import chain
 from tersenet.methods.kmeans import KMeans, exact, lloyd
+from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude, kept_count, largest
+from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Sparse, arrays, check_tree, check_tree_values, unpack
 
@@ -18,6 +20,7 @@ RATES = {
     "kmeans-density": [KMeans(b, "density") for b in (2, 4, 6)],
     "kmeans-random": [KMeans(b, "random") for b in (2, 4, 6)],
     "kmeans-exact": [KMeans(b, "exact") for b in (1, 3, 5)],
+    "product": [Product(b, weighted=False) for b in (2, 4, 5)],
     "uniform": [Uniform(b) for b in (2, 4, 8, 12)],
     "uniform-row": [Uniform(b, by_row=True) for b in (2, 4, 8)],
     "chain": [chain(Magnitude(d), KMeans(4)) for d in (0.1, 0.5, 1.0)],
@@ -94,3 +97,31 @@ def test_chaining_nests_nodes():
 def test_fewer_values_than_clusters_are_kept_exactly():
     w = np.array([[1.0, -1.0, 0.5, 1.0]], np.float32)
     assert np.array_equal(unpack(KMeans(5).pack(w)), w)
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (6, 12), (9, 35), (10, 8, 1, 1), (7, 11), (16, 8, 3, 3)])
+def test_blocks_of_a_matrix_are_transformed_and_keep_squared_errors(shape):
+    w, plain = floats(*shape), KernelDCT().pack(floats(*shape))
+    tree = KernelDCT(8).pack(w)
+    if shape == (7, 11):  # no block of two by two
+        assert tree is w
+        return
+    check_tree(tree)
+    assert np.allclose(unpack(tree), w, atol=1e-6) and tree.shape == shape
+    (coefficients,) = [array for _, array in arrays(tree)]
+    assert np.square(coefficients).sum() == pytest.approx(np.square(w).sum(), rel=1e-5)
+    assert coefficients.shape[-2:] == {(16, 24): (8, 8), (6, 12): (6, 6), (9, 35): (3, 7)}.get(
+        shape, coefficients.shape[-2:]
+    )
+    flat = KernelDCT(8).pack(np.ones(shape, np.float32))
+    (coefficients,) = [array for _, array in arrays(flat)]
+    assert np.allclose(
+        np.count_nonzero(np.abs(coefficients) > 1e-5, (-2, -1)), 1
+    )  # a block of equal values is one number
+    assert np.array_equal(plain, w) == (shape != (16, 8, 3, 3))
+
+
+def test_a_transform_before_rounding_is_the_same_as_rounding_in_the_other_basis():
+    w = floats(16, 16)
+    tree = chain(KernelDCT(8), Uniform(6)).pack(w)
+    assert np.abs(unpack(tree) - w).max() < 8 * np.abs(unpack(KernelDCT(8).pack(w).child.coefficients)).max() / 31

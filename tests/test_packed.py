@@ -1,5 +1,7 @@
 """One contract over the table of nodes."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from tersenet.packed import (
     narrowed,
     unpack,
 )
+from tersenet.structure import sliced, taken
 
 TREES = trees()
 
@@ -200,3 +203,72 @@ def test_integers_are_narrowed_without_loss():
     for values in ([0, 255], [-1, 127], [-1, 128], [0, 70000], []):
         array = np.array(values, np.int64)
         assert np.array_equal(narrowed(array), array) and narrowed(array).dtype.itemsize <= 4
+
+
+def blocks(layout):
+    """A tree of blocks of a kernel or of input channels, and the weight that they make, put together one by one."""
+    rng = np.random.default_rng(6)
+    shape, d = {"3x3": ((16, 32, 3, 3), 9), "1x1": ((16, 32, 1, 1), 4), "linear": ((16, 32), 8)}.get(
+        layout, ((16, 32), 8)
+    )
+    index = rng.integers(0, 20, (16, math.prod(shape[1:]) // d)).astype(np.uint8)
+    codewords = floats(20, d)
+    dense = np.array([np.concatenate([codewords[k] for k in row]) for row in index]).reshape(shape)
+    if layout == "blocks first":  # index [input blocks, outputs]
+        index = np.ascontiguousarray(index.T)
+        return Reshaped(Codebook(index, codewords), (16, 4, 8), (1, 0, 2), shape), dense
+    tree = Codebook(index, codewords)
+    return tree if layout == "linear" else Reshaped(tree, shape, tuple(range(4)), shape), dense
+
+
+LAYOUTS = ["3x3", "1x1", "linear", "blocks first"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_product_quantization_shares_blocks_of_kernels_and_of_input_channels(layout):
+    """As "And the Bit Goes Down" (Stock et al. 2020): blocks of 9 in 3x3 kernels, else of input channels."""
+    tree, dense = blocks(layout)
+    check_tree(tree)
+    check_tree_values(tree)
+    made = in_torch(tree, grad=True)
+    assert tree.shape == dense.shape and np.array_equal(tree.unpack(), dense)
+    assert np.array_equal(made.unpack().detach().numpy(), dense)
+    made.unpack().sum().backward()
+    (codewords,) = float_leaves(made).values()
+    index = next(array for path, array in arrays(tree) if path.endswith("index"))
+    counts = np.bincount(index.reshape(-1), minlength=20)
+    assert np.array_equal(codewords.grad.numpy(), np.repeat(counts[:, None], codewords.shape[1], 1))
+    again = load(Artifact({"w": Tensor(tree)}).to_bytes())["w"]
+    assert np.array_equal(again.unpack(), dense) and type(again) is type(tree)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channels_are_taken_of_shared_blocks(layout):
+    tree, dense = blocks(layout)
+    outputs, inputs = np.array([1, 2, 7, 15]), np.array([0, 5, 31])
+    if layout != "3x3":  # whole blocks of input channels
+        d = 4 if layout == "1x1" else 8
+        inputs = (np.array([0, 3])[:, None] * d + np.arange(d)).reshape(-1)
+    assert np.array_equal(taken(tree, 0, outputs).unpack(), dense[outputs])
+    if layout == "blocks first":  # whose axis of inputs is none of the split's
+        return
+    found = taken(taken(tree, 1, inputs), 0, outputs)
+    assert np.array_equal(found.unpack(), dense[outputs][:, inputs])
+    whole = sliced(tree, {0: outputs, 1: inputs})
+    assert np.array_equal(load(Artifact({"w": Tensor(whole)}).to_bytes())["w"].unpack(), whole.unpack())
+
+
+def test_a_published_product_quantized_network_keeps_its_blocks(data):
+    import published
+
+    layers, _ = published.product_quantized(18)
+    state = published.PQResNet.load(18).state_dict()
+    tensors = {}
+    for name, (index, codewords) in layers.items():
+        shape = tuple(state[f"{name}.weight"].shape)
+        tree = Codebook(narrowed(index), codewords)
+        tensors[f"{name}.weight"] = Tensor(Reshaped(tree, shape, tuple(range(len(shape))), shape))
+    file = Artifact(tensors).to_bytes()
+    assert len(file) < sum(i.size * (2 if "fc" in n else 1) + 2 * c.size for n, (i, c) in layers.items())
+    for name, dense in load(file).unpack().items():
+        assert np.array_equal(dense, state[name].numpy())

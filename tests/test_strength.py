@@ -1,15 +1,18 @@
 """The recipe's own setting that meets a size: what is tried, when the search ends, what cannot be met."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import tersenet as tn
 from tersenet.budget import UnmetBudget
+from tersenet.methods.uniform import Uniform
+from tersenet.packed import Codebook, Transformed
 from tersenet.stages.channels import Channels
-from tersenet.stages.pack import Narrow
+from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune
-from tersenet.strength import meeting, setting, stronger
+from tersenet.strength import keeping, meeting, setting, stronger
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,16 @@ def test_settings_that_a_network_cannot_have_bound_the_search():
         search((Channels(0.1),), 1000, size_of)
 
 
+def test_settings_that_a_stage_does_not_take_bound_the_search_at_the_weak_end_too():
+    def size_of(stages):
+        if stages[0].bits > 8:
+            raise ValueError("takes at most 8 bits")
+        return 1000 * stages[0].bits
+
+    for most, bits in ((8500, 8), (7900, 7), (20_000, 8)):
+        assert search((Uniform(8),), most, size_of)[0] == 1000 * bits
+
+
 def test_what_a_stage_with_a_budget_of_its_own_chooses_among_is_no_setting_of_the_recipe():
     settled = tn.papers.mixed(tn.Budget(size=4000))
     with pytest.raises(ValueError, match="no setting of this recipe"):
@@ -69,3 +82,41 @@ def test_searched_channels_meet_a_size_or_say_so(task, tmp_path):
     assert result.artifact.nbytes <= 2500
     with pytest.raises(UnmetBudget, match="of the recipe's macs"):
         tn.compress(task, recipe, tn.Budget(size=150), folder=tmp_path)
+
+
+def test_a_drop_is_kept_at_the_strongest_setting_found():
+    def tried(least, recipe, name="density"):
+        seen = []
+
+        def run(stages):
+            seen.append(getattr(stages[0], name))
+            return seen[-1] >= least, seen[-1]
+
+        return keeping(recipe, run), seen
+
+    found, seen = tried(0.3, (Prune(0.5),))
+    assert seen[0] == 0.5 and len(seen) == 4 and found == min(s for s in seen if s >= 0.3) < 0.5
+    found, seen = tried(0.9, (Prune(0.5),))  # not even the weakest that was tried
+    assert found == max(seen) < 0.9
+    found, seen = tried(0.6, (Prune(0.5),))
+    assert 0.6 <= found == min(s for s in seen if s >= 0.6)
+    found, seen = tried(5, (Uniform(8),), "bits")
+    assert len(seen) == len(set(seen)) and found == min(b for b in seen if b >= 5)
+
+
+def test_a_recipe_and_a_drop_end_in_a_smaller_file_than_the_recipe_alone(task, tmp_path):
+    """Rounding to 8 bits loses nothing that a drop of 60 points of a random network would not allow."""
+    recipe = (Pack(Uniform(8)), Narrow())
+    whole = tn.compress(task, recipe, folder=tmp_path)
+    less = tn.compress(task, recipe, tn.Budget(drop=60), folder=tmp_path)
+    assert less.artifact.nbytes < 0.6 * whole.artifact.nbytes
+    assert less.choice is not None and less.choice.before - less.choice.after <= 0.6
+
+
+def test_transform_coding_clusters_biases_and_searches_its_bits_for_a_drop(task, tmp_path):
+    result = tn.compress(task, tn.papers.transform_coding(8, clusters=2), tn.Budget(drop=60), folder=tmp_path)
+    trees = {name: tensor.tree for name, tensor in result.artifact.tensors.items()}
+    assert isinstance(trees["0.weight"], Transformed) and isinstance(trees["5.weight"].child, Transformed)
+    assert isinstance(trees["2.bias"], Codebook) and len(trees["2.bias"].codewords) == 4
+    levels = max(int(np.abs(trees[n].coefficients.q.astype(int)).max()) for n in ("0.weight", "2.weight"))
+    assert levels < 127  # fewer than the 8 bits that the recipe begins with

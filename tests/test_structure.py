@@ -77,7 +77,7 @@ def test_the_places_of_a_tree_are_those_of_its_dense_array(name, axis, random):
     try:
         found = taken(tree, axis, places)
     except ValueError:
-        assert name in ("Transformed", "Reshaped", "reshaped", "reshaped-sparse")
+        assert name in ("Transformed", "Reshaped", "reshaped", "reshaped-sparse", "Bloomier", "Lattice", "Hashed")
         assert name != "Transformed" or axis > 1
         return
     check_tree(found)

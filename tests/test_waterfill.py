@@ -15,7 +15,7 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.allocators.lagrange import Lagrange, Option, step_within
-from tersenet.artifact import Artifact, load
+from tersenet.artifact import Artifact, load, relative_error
 from tersenet.budget import Budget, PromiseBroken
 from tersenet.calibrate import moments
 from tersenet.draft import QUICK, Draft, artifact_of
@@ -23,7 +23,7 @@ from tersenet.folding import folded
 from tersenet.likelihood import Likelihood
 from tersenet.methods.shrinkage import shrunk
 from tersenet.methods.transform import KernelDCT
-from tersenet.packed import Transformed, Uniform, unpack
+from tersenet.packed import Packed, Transformed, Uniform, unpack
 from tersenet.promise import compress, output_errors
 from tersenet.stages.prune import Prune
 from tersenet.waterfilling.knowledge import Knowledge
@@ -320,3 +320,27 @@ def test_the_search_for_a_size_holds_one_draft_beside_the_one_it_makes():
     assert artifact_of(found, QUICK).nbytes <= size <= 3000
     again = artifact_of(plain.at(search.c, 0.0), QUICK)
     assert artifact_of(found, QUICK).to_bytes() == again.to_bytes()
+
+
+def test_vectors_of_which_nothing_is_known_are_quantized_where_the_size_is_small_and_stay_floats_where_it_is_not():
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(64, 256)).astype(np.float32), "b": rng.normal(size=256).astype(np.float32)}
+    arrays |= {"few": rng.normal(size=8).astype(np.float32), "tiny": arrays["b"] * np.float32(1e-9)}
+    arrays["twin"] = arrays["tiny"]
+    small, large = (tn.compress(arrays, budget=tn.Budget(size=size)).artifact for size in (5000, 30000))
+    assert {n for n in arrays if isinstance(small[n], Packed)} == {"w", "b", "tiny", "twin"}
+    assert {n for n in arrays if isinstance(large[n], Packed)} == {"w"}
+    assert small.tensors["twin"] is small.tensors["tiny"]
+    for name in ("b", "tiny"):  # as finely as weights, but for how few they are
+        assert relative_error(small.unpack()[name], arrays[name]) < relative_error(small.unpack()["w"], arrays["w"]) / 8
+        assert relative_error(large.unpack()[name], arrays[name]) < 2**-11
+
+
+def test_vectors_stay_floats_where_moments_are_known_but_theirs_are_not():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64, bias=False), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 4, bias=False))
+    nn.init.normal_(model[1].weight)
+    x = torch.randn(256, 16)
+    artifact = tn.compress(tn.Task(model, train=(x, (x[:, 0] > 0).long())), budget=tn.Budget(size=1400)).artifact
+    assert isinstance(artifact["0.weight"], Packed) and not isinstance(artifact["1.weight"], Packed)
+    assert relative_error(artifact.unpack()["1.weight"], model[1].weight.detach().numpy()) < 2**-11

@@ -13,7 +13,7 @@ from tersenet.artifact import load
 from tersenet.draft import Draft, artifact_of
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.uniform import Uniform
-from tersenet.packed import Codebook, Sliced, Sparse, unpack
+from tersenet.packed import Codebook, Packed, Sliced, Sparse, unpack
 from tersenet.packed import Uniform as UniformNode
 from tersenet.promise import compress
 from tersenet.run import run
@@ -212,3 +212,52 @@ def test_keeping_goes_through_a_run_that_was_stopped(task, tmp_path):
     assert artifact_of(again).to_bytes() == whole
     tree = again.tensors["last.weight"].tree
     assert isinstance(tree, Sparse) and isinstance(tree.values, UniformNode)
+
+
+def test_rules_that_fit_no_weight_are_for_biases_and_norms(task):
+    draft = Draft.of_model(task.model)
+    rules = (("*.bias", Uniform(6)), (Where(kind="norm"), Uniform(8)), ("conv*", KMeans(3)), ("last.bias", None))
+    packed = Pack(None, rules=rules)(draft, task)
+    kinds = {name: type(tensor.tree).__name__ for name, tensor in packed.tensors.items()}
+    assert kinds["conv.weight"] == "Codebook" and kinds["first.bias"] == kinds["norm.weight"] == "Uniform"
+    assert kinds["norm.running_mean"] == kinds["first.weight"] == kinds["last.bias"] == "ndarray"
+    assert packed.rules["norm.weight"] == "kind:norm" and packed.rules["first.bias"] == "*.bias"
+    assert packed.tensors["last.bias"].note == "dense: left out by the recipe"
+    step = packed.tensors["first.bias"].tree.scale
+    before = np.asarray(draft.tensors["first.bias"].tree)
+    assert 0 < np.abs(unpack(packed.tensors["first.bias"].tree) - before).max() <= step * 0.51
+    assert artifact_of(packed).nbytes < artifact_of(Pack(None, rules=rules[2:3])(draft, task)).nbytes
+    for names in (("*.weight", "conv.*"), ("*",)):  # these fit weights, so that they leave vectors alone
+        packed = Pack(None, rules=tuple((name, Uniform(4)) for name in names[::-1]))(draft, task)
+        assert not any(isinstance(t.tree, Packed) for t in packed.tensors.values() if len(t.tree.shape) < 2)
+    with pytest.raises(ValueError, match=r"'\*.gain' decides about no weight; there are conv.weight"):
+        Pack(rules=(("*.gain", None),))(draft, task)
+    with pytest.raises(ValueError, match="decides about no weight"):
+        Prune(0.5, 1, retrain="none", rules=(("*.bias", 0.5),))(draft, task)
+    with pytest.raises(ValueError, match=r"first.bias: .* which a vector has none of"):
+        Pack(None, rules=(("first.bias", KMeans(2, weighted=True)),))(draft, task)
+
+
+def test_packed_vectors_are_narrowed_trained_and_packed_by_layers_as_weights_are(task):
+    rules = (("*.bias", Uniform(4)),)
+    for first in (Pack(KMeans(4), rules=rules), Layerwise(KMeans(4), rules=rules)):
+        draft = first(Draft.of_model(task.model), task)
+        held = draft.tensors["first.bias"].tree
+        assert isinstance(held, UniformNode)
+        tuned = Narrow()(Finetune(1)(draft, task), None)
+        after = tuned.tensors["first.bias"].tree
+        assert np.array_equal(after.q, held.q) and after.scale != held.scale
+        opened = load(artifact_of(tuned).to_bytes())
+        assert np.array_equal(opened["first.bias"].unpack(), after.unpack())
+
+
+def test_a_step_that_half_precision_has_not_stays_as_it_is():
+    w = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32) * np.float32(1e-7)
+    for values in (w, w[0]):
+        tree = Uniform(8).pack(values)
+        draft = Draft.of_arrays({"w": values}).with_trees({"w": tree})
+        after = unpack(Narrow()(draft, None).tensors["w"].tree)
+        assert np.abs(after - values).max() < 0.01 * np.abs(values).max()
+    large = Draft.of_arrays({"w": w}).with_trees({"w": Uniform(8).pack(w * 1e12)})
+    with pytest.raises(ValueError, match="too large"):
+        Narrow()(large.with_trees({"w": UniformNode(np.ones((20, 30), np.int8), np.array(1e6, np.float32))}), None)

@@ -98,8 +98,8 @@ def test_what_stops_the_writing_leaves_the_old_file_and_nothing_else(as_large, t
 
 
 def test_a_limit_and_a_missing_folder_are_told_and_leave_nothing(as_large, tmp_path):
-    with pytest.raises(ValueError, match=r"w\.terse: .*over the limit of 10: .* for save"):
-        Artifact({"w": Tensor(floats(90, 90))}).save(tmp_path / "w.terse", limit=10)
+    with pytest.raises(ValueError, match=r"w\.terse: .*over the limit of 10,000: .* for save"):
+        Artifact({"w": Tensor(floats(90, 90))}).save(tmp_path / "w.terse", limit=10_000)
     with pytest.raises(FileNotFoundError) as told:
         Artifact({"w": Tensor(floats(90, 90))}).save(tmp_path / "none" / "w.terse")
     assert told.value.filename == str(tmp_path / "none" / "w.terse") and not list(tmp_path.iterdir())

@@ -20,9 +20,9 @@ from tersenet.codecs.stream import FormatError
 from tersenet.container import (
     CODED,
     FLOATS,
-    FOOTER,
     FORMATS,
     POOLED,
+    SMALL,
     Coding,
     Section,
     Tensor,
@@ -34,10 +34,10 @@ from tersenet.container import (
 from tersenet.decoding import Opened, decoded, sections_of
 from tersenet.deferred import Deferred
 from tersenet.dense import as_stored, numbers, place, relative_error, same
-from tersenet.header import File, Header, Memory, Source, checked
+from tersenet.header import UPDATE, File, Header, Memory, Source, checked
 from tersenet.packed import Array, Packed, Tree
 from tersenet.replacing import scratch, write_atomically
-from tersenet.writing import pieces, write
+from tersenet.writing import pieces, write, written
 
 __all__ = [
     "FLOATS",
@@ -205,7 +205,8 @@ class Artifact(Mapping[str, Tree]):
         if (self._source is None or not self._source.whole) and is_large(self.tensors):
             with scratch(path) as file:
                 head = write(self.tensors, self.coding, self.meta, self.sections, file)
-                self._source = Memory(head, len(head) + file.tell() + FOOTER)
+                size = written(head, file)
+                self._source = Memory(b"".join(pieces(head, file)) if size <= SMALL else head, size)
                 _check_limit(path, self._source, limit)
                 write_atomically(path, pieces(head, file))
         else:
@@ -234,7 +235,10 @@ def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit
         data: Source = Memory(source) if isinstance(source, bytes) else File(Path(source))
         if isinstance(data, File):
             stack.callback(data.close)
+            data = Memory(data.read(0, data.size)) if data.size <= SMALL else data  # as it is checked, so it is decoded
         header = Header.read(data, limit)
+        if UPDATE in header.sections:
+            raise FormatError("this is an update, not a network: terse patch OLD UPDATE -o NEW applies it")
         large = is_large(header.tensors)
         if tensors is None:
             if not large and isinstance(data, File):
@@ -269,18 +273,20 @@ def _ledger(data: Source) -> list[LedgerRow]:
     rows, seen = [], dict[int, str]()
     shrunk, pools = header.coded / max(header.plain, 1), {pool.form: pool for pool in header.pools}
     rules = header.meta.get("rules")
+    rules = rules if isinstance(rules, dict) else {}
     for name, tensor in header.tensors.items():
         shape, kinds, entry = tensor.tree.shape, _kinds(tensor.tree), header.entries[name]
-        note = _ruled(tensor.note, rules[name]) if isinstance(rules, dict) and name in rules else tensor.note
+        note = _ruled(tensor.note, rules[name]) if isinstance(rules.get(name), str) else tensor.note
         share = int(entry.header * shrunk)
         if id(tensor) in seen:
             rows.append(LedgerRow(name, "tied", shape, "", 0, 0, share, 0, None, f"tied to {seen[id(tensor)]}"))
             continue
         seen[id(tensor)] = name
+        stored = [p for p in entry.promises if p.owner == name]
         parts = []  # codec, length, whether they are floats; of a pool the tensor's share
-        for p in entry.promises:
+        for p in stored:
             pool = pools[p.form] if p.codec == POOLED else p
-            length = p.length if pool is p else pool.length * p.size // pool.size
+            length = p.length if pool is p else pool.length * p.size // max(pool.size, 1)
             parts.append((CODED[pool.codec], length, p.dtype.kind == "f"))
         payload, tables = (sum(length for _, length, floats in parts if floats == kind) for kind in (False, True))
         used = "+".join(dict.fromkeys(codec for codec, *_ in sorted(parts, key=lambda part: -part[1])))
@@ -293,11 +299,11 @@ def _ledger(data: Source) -> list[LedgerRow]:
     return [*rows, LedgerRow("(file)", "", (), "", 0, 0, own, 0, None, "magic, version, lengths, checks, notes")]
 
 
-def _ruled(note: str, rule: Any) -> str:
+def _ruled(note: str, rule: str) -> str:
     """A note with the rule that it is due to, or beside which it stands."""
     if note.endswith("by a rule"):
-        return f"{note.removesuffix('a rule')}the rule {str(rule)!r}"
-    return f"{note}; by the rule {str(rule)!r}".removeprefix("; ")
+        return f"{note.removesuffix('a rule')}the rule {rule!r}"
+    return f"{note}; by the rule {rule!r}".removeprefix("; ")
 
 
 def _kinds(tree: Tree) -> str:

@@ -1,4 +1,4 @@
-"""The command `terse`: compress, inspect, verify, unpack, recipes, doctor.
+"""The command `terse`: compress, inspect, verify, unpack, diff, patch, recipes, doctor.
 
 Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one line says what, where, and what to do).
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tersenet.artifact import load, printable
+from tersenet.artifact import Artifact, load, printable
 from tersenet.budget import PromiseBroken
 from tersenet.codecs import FormatError
 from tersenet.replacing import write_atomically
@@ -97,6 +97,35 @@ def compress_command(
 
 
 @app.command()
+def repack(
+    source: Annotated[Path, typer.Argument(help="A network that others compressed: .safetensors, .npz, .pt, or .net")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write")] = Path("model.terse"),
+    task: TASK = None,
+) -> None:
+    """Take in a compressed network of others without loss: palettes, product quantization, GPTQ's 4 bits.
+
+    A .net file is Deep Compression's SqueezeNet. With --task weights get the shapes that your model has.
+
+    [dim]terse repack pq_resnet18.safetensors --task task.py -o resnet18.terse[/dim]
+    """
+    from tersenet.published import deep_compression, repacked, squeezenet
+
+    _check_output(output, source, task)
+    with _running(task) as job:
+        shapes = {name: tuple(value.shape) for name, value in job.model.state_dict().items()} if job else None
+    try:
+        if source.suffix.lower() == ".net":
+            artifact = deep_compression(source.read_bytes(), squeezenet())
+        else:
+            artifact = repacked(read(source).tensors, shapes)
+    except ValueError as wrong:
+        raise ValueError(f"{source}: {str(wrong).removeprefix(f'{source}: ')}") from None
+    artifact.save(output)
+    before = source.stat().st_size if source.is_file() else 0
+    typer.echo(f"wrote {output} ({artifact.nbytes:,} bytes, of {before:,}). Next: terse inspect {output}")
+
+
+@app.command()
 def inspect(
     file: FILE,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON")] = False,
@@ -158,16 +187,63 @@ def unpack(
     output: Annotated[Path, typer.Option("-o", "--output", help="A .safetensors, .pt or .npz file")],
 ) -> None:
     """Write the dense weights, each in its type; .npz has bfloat16 as float32 and 8-bit floats as bytes."""
-    from tersenet.targets import dense_file
-
     _check_output(output, file)
     with _about(file):
         artifact = load(file)
+    _write_dense(artifact, output)
+    typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
+
+
+@app.command(name="diff")
+def diff_command(
+    old: Annotated[Path, typer.Argument(help="What is to be updated: a .terse file or a checkpoint")],
+    new: Annotated[Path, typer.Argument(help="What it is to become")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write")] = Path("update.terse"),
+    ratio: Annotated[
+        float | None, typer.Option(help="Times smaller than 32-bit weights, e.g. 30; without it the update is exact")
+    ] = None,
+) -> None:
+    """Write what changed from one version of a network to another as one small file.
+
+    After a lossy update take the next one from what `terse patch` wrote: it then makes up for what this one left out.
+    """
+    from tersenet.updates import diff, network
+
+    _check_output(output, old, new)
+    with _about(old):
+        base = network(old)
+    with _about(new):
+        changed = network(new)
+    update = diff(base, changed, ratio)
+    update.save(output)
+    typer.echo(f"wrote {output} ({update.nbytes:,} bytes). Next: terse patch {old} {output} -o NEW")
+
+
+@app.command(name="patch")
+def patch_command(
+    old: Annotated[Path, typer.Argument(help="What the update was made for")],
+    update: Annotated[Path, typer.Argument(help="What `terse diff` wrote")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .terse, .safetensors, .pt or .npz file")],
+) -> None:
+    """Apply an update to the network that it is for; the whole result is written, or nothing."""
+    from tersenet.updates import network, opened, patch
+
+    _check_output(output, old, update)
+    with _about(old):
+        base = network(old)
+    with _about(update):
+        change = opened(update)
     try:
-        data = dense_file(artifact, output.suffix.lower())
+        with _about(update):
+            artifact = patch(base, change)
+    except FormatError:
+        raise
     except ValueError as wrong:
-        raise ValueError(f"{output}: {wrong}") from None
-    write_atomically(output, data)
+        raise ValueError(f"{old}: {wrong}") from None
+    if output.suffix.lower() == ".terse":
+        artifact.save(output)
+    else:
+        _write_dense(artifact, output)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
 
 
@@ -199,6 +275,16 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
         return notes
     checkpoint.words.append(f"left out its metadata, which is over {METADATA_CAP:,} bytes")
     return {}
+
+
+def _write_dense(artifact: Artifact, output: Path) -> None:
+    from tersenet.targets import dense_file
+
+    try:
+        data = dense_file(artifact, output.suffix.lower())
+    except ValueError as wrong:
+        raise ValueError(f"{output}: {wrong}") from None
+    write_atomically(output, data)
 
 
 def _check_output(output: Path, *inputs: Path | None) -> None:

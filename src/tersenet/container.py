@@ -2,6 +2,7 @@
 
 import math
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -9,15 +10,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tersenet import codecs, cores
+from tersenet.codecs.stream import FormatError
 from tersenet.deferred import Deferred, MadeWhenRead
 from tersenet.packed import NODES, Array, Packed, Tree, unpack
 
-MAGIC, VERSION = b"TERSE", 1
+MAGIC, VERSION, SMALL_VERSION = b"TERSE", 1, 2  # a file of up to `SMALL` bytes has one check for all that is in it
 PREAMBLE, FOOTER = 14, 12  # magic, version, header length, header CRC; whole length, whole CRC
-HEADER_CAP, NAME_CAP, META_CAP, SECTION_CAP, RANK_CAP = 1 << 24, 1 << 10, 1 << 16, 64, 8
+SMALL, SMALL_FOOTER = 1 << 16, 4
+HEADER_CAP, NAMES_CAP, NAME_CAP, META_CAP, SECTION_CAP, RANK_CAP = 1 << 24, 1 << 24, 1 << 10, 1 << 16, 64, 8
 # Decoded bytes: 256 MiB, or 1000 times the file up to 4 GiB, or 64 times a file that is larger.
 ALWAYS, EXPANSION, CEILING, LARGE = 1 << 28, 1000, 1 << 32, 64
-ALIAS = 255
+OBJECTS = 100  # bytes in memory, about, for each byte of the header
+MANY, EACH = 1 << 16, 16  # so many tensors; more have so many bytes of the file each
+ALIAS = 255  # in place of a type: the tensor is an earlier one
+SHARED = 255  # in place of a tag: the array is an earlier one
 POOLED_SIZE, POOLED_VECTOR = 64, 1024  # values of arrays, and of vectors, that share the stream of others
 
 # How an array lies in memory and, where that loses nothing, in a narrower type in the file. Only ever append.
@@ -57,9 +63,31 @@ KINDS, CODED = tuple(NODES.values()), tuple(codecs.CODECS)
 POOLED = 127  # in place of a codec
 IN_MEMORY = tuple(np.dtype(held) for held, _ in FORMATS)
 INTEGERS = tuple(WIDTH.get(stored, 1) for _, stored in FORMATS)  # that codecs see for a value: a float's bytes
-THREADS = 1 if sys.platform == "emscripten" else min(4, cores.usable())  # a browser's Python has none to start
+CORES = 1 if sys.platform == "emscripten" else cores.usable()  # a browser's Python has no threads to start
+THREADS = min(4, CORES)  # that decode
 WORTH_A_THREAD = 1 << 14  # integers beside the largest array
 GROUP = 1 << 25  # values, over which a network is large: so many are in memory at a time, or one tensor that has more
+# What the header of a small file is deflated against: names, then records of tensors, the likeliest last, where fewer
+# bits point. Part of the format: never change it.
+DICTIONARY = (
+    b'{"folded":{"metadata":"{"rules":{"'
+    b"module.model.encoder.decoder.backbone.transformer.blocks.embeddings.word_position_token_type_"
+    b"attention.self.query.key.value.in_proj_out_proj.qkv.intermediate.output.dense.LayerNorm.mlp.norm."
+    b"weight_ih_l0weight_hh_l0bias_ih_l0bias_hh_l0features.classifier.head.stem.downsample.shortcut.running_mean"
+    b"\x03var\x0a\x03\x00~\x04\x0a\x01"
+    b"\x13num_batches_tracked\x08\x04\x00~\x04\x08\x00\x00\x02"
+    b"layer1.0.conv2.weight\xff"
+    b"\x0abn2.weight\x0a\x0a\x00\x00\x05\x04\x02\x01\x10\x00\x02\x04\x0c\x00\x7f\x00\x03\x00"
+    b"\x0crunning_mean\x0a\x00\x00\x00\x05\x04\x02\x01 \x00\x02\x04\x0a\x00\x7f\x00\x03\x00"
+    b"\x07\x04\x00\x04\x01\x05\x05\x07\x06\x04\x01\x01\x7f\x04\x0c\x02\x10\x01\x7f"
+    b"\x07\x04\x00\x02\x06\x04\x01\x01\x7f\x04\x0c\x02 \x01\x7f"
+    b"\x00\x0cconv1.weight\x0a\x00\x0a\x05\x04\x02\x04@ \x03\x03\x07\x04\x0c\x00\x7f\x00\x03\x02\x04\x02\x04@\x01\x01"
+    b"\x01\x7f\x04\x02\x04\x01\x01\x03\x03\x7f\x06\x04bias\x0a\x00\x00~\x04\x0c\x01@\x7f"
+    b"\x00\x0afc1.weight\x0a\x00\x05\x04\x02\x02\x0a@\x07\x04\x0c\x00\x7f\x00\x03\x02\x04\x02\x02@\x01\x7f\x04\x02\x02"
+    b"\x01\x7f\x04\x04bias\x0a\x00\x05\x04\x02\x01\x0a\x7f\x04\x0a\x00\x7f\x00\x03\x00"
+    b"\x04\x04bias\x0a\x01\x04\x0c\x01\x0a\x7f\x00\x082.weight\x0a\x00\x05\x04\x02\x02\x0a\x07\x04\x0c\x00\x7f\x00\x03"
+    b"\x00"
+)
 
 
 @dataclass(frozen=True)
@@ -172,3 +200,15 @@ class Section(NamedTuple):
 def expanded(coded: int) -> int:
     """How many bytes a deflated header may expand to: many small tensors alike repeat themselves."""
     return min(HEADER_CAP, 32 * coded + (1 << 16))
+
+
+def inflated(coded: bytes, most: int, dictionary: bytes = b"") -> bytes:
+    """Bytes as they were before they were deflated; raises `FormatError` where they would be over `most`."""
+    expander = zlib.decompressobj(-15, dictionary)
+    try:
+        plain = expander.decompress(coded, most + 1)
+    except zlib.error:
+        raise FormatError("deflated bytes are damaged") from None
+    if len(plain) > most or not expander.eof or expander.unused_data:
+        raise FormatError("deflated bytes are damaged or expand too far")
+    return plain

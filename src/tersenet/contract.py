@@ -10,13 +10,13 @@ from typing import TypeAlias
 
 from tersenet.draft import Draft
 from tersenet.norms import folded_norms
-from tersenet.packed import Codebook, Factored, Packed, Transformed, Uniform
+from tersenet.packed import Bloomier, Codebook, Factored, Hashed, Lattice, Packed, Transformed, Uniform
 from tersenet.structure import nodes
 from tersenet.task import Task
 
 Kind: TypeAlias = type[Packed] | str
 NORMS, DATA = "folded norms", "training data"
-PACKED: tuple[Kind, ...] = (Codebook, Uniform, Transformed, Factored)  # nodes whose values are not free any more
+PACKED: tuple[Kind, ...] = (Codebook, Uniform, Transformed, Factored, Bloomier, Lattice, Hashed)  # not free any more
 
 
 def check(recipe: Iterable[object], draft: Draft, task: Task | None) -> None:

@@ -1,10 +1,12 @@
 """How the arrays of a file are decoded, once its header was read."""
 
 import functools
+import threading
 import zlib
 from _thread import start_new_thread
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,6 +24,7 @@ from tersenet.container import (
     WIDTH,
     Section,
     Tensor,
+    inflated,
 )
 from tersenet.deferred import Deferred
 from tersenet.header import Header, Promise, Source
@@ -36,42 +39,35 @@ def sections_of(header: Header, data: Source) -> dict[str, Section]:
     found: dict[str, Section] = {}
     for name, held in header.sections.items():
         coded = data.read(held.offset, held.length)
-        if zlib.crc32(coded) != held.check:
+        if held.check is not None and zlib.crc32(coded) != held.check:
             raise FormatError(f"the section {name!r} is damaged")
         if held.flags & DEFLATED:
-            expander = zlib.decompressobj(-15)
-            try:
-                plain = expander.decompress(coded, held.plain + 1)
-            except zlib.error:
-                raise FormatError(f"the section {name!r} is damaged") from None
-            if len(plain) != held.plain or not expander.eof or expander.unused_data:
-                raise FormatError(f"the section {name!r} is damaged")
-            coded = plain
+            coded = _named(f"the section {name!r}", inflated, coded, held.plain)
+        if len(coded) != held.plain:
+            raise FormatError(f"the section {name!r} is damaged")
         found[name] = Section(coded, bool(held.flags & REQUIRED))
     return found
 
 
 def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Tensor]:
     """The named tensors with their arrays; tied names share one."""
-    unique = {id(header.tensors[name]): name for name in reversed(names)}.values()
-    coded: list[Job] = []
-    if any(p.codec == POOLED for name in unique for p in header.entries[name].promises):
-        coded += _streams("(small arrays)", header.pools, header.pools_check, data)
-    for name in unique:
-        coded += _streams(name, header.entries[name].promises, header.entries[name].check, data)
-    arrays = _arrays(coded)
-    found = {
-        id(header.tensors[name]): replace(header.tensors[name], tree=_tree(header, name, arrays)) for name in unique
-    }
+    unique = {id(header.tensors[name]): name for name in reversed(names)}
+    arrays = _kept(header, (p for name in unique.values() for p in header.entries[name].promises), data)
+    found = {key: replace(header.tensors[name], tree=_tree(header, name, arrays)) for key, name in unique.items()}
     return {name: found[id(header.tensors[name])] for name in names}
 
 
 @dataclass
 class Opened:
-    """A file whose tensors are decoded one by one, each when its tree is read. Its small arrays stay in memory."""
+    """A file whose tensors are decoded one by one, each when its tree is read.
+
+    Its small arrays, and those that several tensors share, stay in memory once one of them was read.
+    """
 
     header: Header
     data: Source
+    _common: dict[int, Array] = field(default_factory=dict, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor with its tree deferred; tied names share one."""
@@ -84,36 +80,62 @@ class Opened:
 
     def tree(self, name: str) -> Tree:
         """A tensor's tree; raises `FormatError` where its bytes are not those that were written."""
-        entry = self.header.entries[name]
-        arrays = _arrays(_streams(name, entry.promises, entry.check, self.data))
-        return _tree(
-            self.header, name, arrays | self.pools if any(p.codec == POOLED for p in entry.promises) else arrays
-        )
+        common, own = list[Promise](), list[Promise]()
+        for p in self.header.entries[name].promises:
+            (common if id(p) in self.places else own).append(p)
+        arrays = _kept(self.header, own, self.data)
+        if common:
+            held = self.common()
+            arrays |= {id(p): held[id(p)] for p in common}
+        return _tree(self.header, name, arrays)
 
     @functools.cached_property
-    def pools(self) -> dict[int, Array]:
-        return _arrays(_streams("(small arrays)", self.header.pools, self.header.pools_check, self.data))
+    def places(self) -> dict[int, Promise]:
+        """The promises of all arrays in common: small ones, and those that several tensors share."""
+        entries = {id(entry.promises): entry.promises for entry in self.header.entries.values()}  # of tied names once
+        held = Counter(key for promises in entries.values() for key in {id(p) for p in promises})
+        every = (p for promises in entries.values() for p in promises)
+        return {id(p): p for p in every if p.codec == POOLED or held[id(p)] > 1}
+
+    def common(self) -> dict[int, Array]:
+        """The arrays of `places`, each one object for all who hold it, whichever thread asks first."""
+        with self._lock:
+            self._common = self._common or _kept(self.header, self.places.values(), self.data)
+        return self._common
+
+
+def _kept(header: Header, promises: Iterable[Promise], data: Source) -> dict[int, Array]:
+    """The arrays of promises by their ids, each once."""
+    wanted = {id(p): p for p in promises}
+    coded: list[Job] = []
+    if any(p.codec == POOLED for p in wanted.values()):
+        coded += _streams("(small arrays)", header.pools, header.pools_check, data)
+    for name in dict.fromkeys(p.owner for p in wanted.values() if p.codec != POOLED):
+        entry = header.entries[name]
+        own = [p for p in entry.promises if p.codec != POOLED and p.owner == name]
+        coded += [job for job in _streams(name, own, entry.check, data) if id(job[1]) in wanted]
+    arrays = _arrays(coded)
+    pools = {pool.form: arrays[id(pool)] for pool in header.pools if id(pool) in arrays}
+    for key, p in wanted.items():
+        if p.codec == POOLED:
+            arrays[key] = pools[p.form][p.offset : p.offset + p.size].reshape(p.shape)
+    return arrays
 
 
 def _tree(header: Header, name: str, arrays: Mapping[int, Array]) -> Tree:
-    """A tensor's tree of arrays that were decoded, by the ids of their promises and of the pools."""
-    pools = {pool.form: pool for pool in header.pools}
-    ready = [
-        arrays[id(p)] if p.codec != POOLED else arrays[id(pools[p.form])][p.offset : p.offset + p.size].reshape(p.shape)
-        for p in header.entries[name].promises
-    ]
+    """A tensor's tree of arrays that were decoded, by the ids of their promises."""
+    tree: Tree = header.tensors[name].tree
     try:
-        return _filled(header.tensors[name].tree, iter(ready))
+        return _filled(tree, arrays)
     except ValueError as wrong:
         raise FormatError(f"{name}: {wrong}") from None
 
 
-def _streams(name: str, promises: list[Promise], check: int, data: Source) -> list[Job]:
-    """The arrays that have bytes of their own, which lie side by side in the file."""
-    own = [p for p in promises if p.codec != POOLED]
-    first = own[0].offset if own else 0
+def _streams(name: str, own: list[Promise], check: int | None, data: Source) -> list[Job]:
+    """The streams of arrays, which lie side by side in the file."""
+    first = own[0].offset
     whole = data.read(first, sum([p.length for p in own]))
-    if zlib.crc32(whole) != check:
+    if check is not None and zlib.crc32(whole) != check:
         raise FormatError(f"{name}: its bytes are damaged")
     return [(name, p, whole[p.offset - first : p.offset - first + p.length]) for p in own]
 
@@ -155,24 +177,24 @@ def _arrays(coded: list[Job]) -> dict[int, Array]:
     return found
 
 
-def _filled(tree: Any, ready: Iterator[Array]) -> Any:
-    """The tree with the next array in place of each promise, in the order in which they were parsed.
+def _filled(tree: Any, arrays: Mapping[int, Array]) -> Any:
+    """The tree with the array in place of each promise, by the promise's id.
 
     Raises ValueError where integers point at what is not there.
     """
     if isinstance(tree, Promise):
-        return next(ready)
+        return arrays[id(tree)]
     if isinstance(tree, Packed):
-        node = type(tree)(*[_filled(getattr(tree, part), ready) for part in parts_of(type(tree))])
+        node = type(tree)(*[_filled(getattr(tree, part), arrays) for part in parts_of(type(tree))])
         node.check_values()
         return node
-    return tuple([_filled(value, ready) for value in tree]) if isinstance(tree, tuple) else tree
+    return tuple([_filled(value, arrays) for value in tree]) if isinstance(tree, tuple) else tree
 
 
 BROKEN = (ValueError, OverflowError, IndexError, MemoryError)  # what decoding garbled bytes may raise
 
 
-def _named(name: str, decode: Callable[..., Array], *given: Any) -> Array:
+def _named(name: str, decode: Callable[..., Any], *given: Any) -> Any:
     """What `decode` returns; bad bytes raise `FormatError` with the tensor's name."""
     try:
         return decode(*given)

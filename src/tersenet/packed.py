@@ -16,11 +16,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from tersenet import bloomier, splitmix
+
 Array: TypeAlias = Any  # np.ndarray or torch.Tensor, or a promise of one that has its shape and dtype
 Tree: TypeAlias = "Packed | Array"
 
 DEEPEST = 6  # slices of both channels, another order of axes, a transform, zeros, shared values
 WORK = 1 << 13  # products for each value of an einsum's result or factors, at most
+WHOLE_BLOCK = 1 << 8  # values of a transformed block, up to which one matrix transforms it
+_SIXTEENTHS = (2.0 ** (np.arange(16) / 16)).astype(np.float32)
 _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
     np.float32
 )  # so that negative exponents count from its end
@@ -29,6 +33,11 @@ _HALVES = (2.0 ** (np.roll(np.arange(-128, 128), 128) / 2)).astype(
 def namespace(array: Array) -> ModuleType:
     """torch for its tensors, NumPy for everything else; the functions used here have the same names in both."""
     return sys.modules["torch"] if type(array).__module__.startswith("torch") else np
+
+
+def sixteenth(exponent: int) -> Any:
+    """2^(exponent/16) in float32, from a table and an exact scaling."""
+    return np.ldexp(_SIXTEENTHS[exponent % 16], exponent // 16)
 
 
 def half_powers(exponents: Array) -> Array:
@@ -49,6 +58,10 @@ class Packed:
     def shape(self) -> tuple[int, ...]:
         """The shape that `unpack` gives, known without unpacking."""
         raise TypeError(f"{type(self).__name__} does not say its shape")
+
+    def room(self) -> int:
+        """How many floats `unpack` makes of its parts, known without unpacking."""
+        return math.prod(self.shape)
 
     def check(self) -> None:
         """Raises ValueError unless shapes and types fit together; looks at no value, so promises will do."""
@@ -192,6 +205,7 @@ class Sliced(Packed):
         _require(is_float_tree(self.child) and 0 <= self.axis < len(self.child.shape), "the axis is one of the child's")
         _require(is_integer(self.kept) and len(self.kept.shape) == 1, "kept is a vector of integers, or a mask")
         n = self.child.shape[self.axis]
+        _require(_is_shape(self.shape), "the axis is no longer than can be counted")
         fits = self.kept.shape[0] == (self.size if _is_mask(self.kept) else n)
         _require(fits and n <= self.size, "kept has the child's length, or the axis's")
 
@@ -212,9 +226,8 @@ class Factored(Packed):
 
     def unpack(self) -> Array:
         factors = [unpack(factor) for factor in self.factors]
-        terms, _, result = self.equation.replace("->", ",").rpartition(",")
         einsum = namespace(factors[0]).einsum
-        for step in contractions(terms.split(","), [factor.shape for factor in factors], result):
+        for step in self._steps():
             pair = [factors.pop(at) for at in step.operands]
             factors.append(einsum(step.equation, *pair))
         return factors[0].reshape(self.size)
@@ -222,6 +235,13 @@ class Factored(Packed):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.size)
+
+    def room(self) -> int:
+        return sum(step.size for step in self._steps())
+
+    def _steps(self) -> "list[Contraction]":
+        terms, _, result = self.equation.replace("->", ",").rpartition(",")
+        return contractions(terms.split(","), [factor.shape for factor in self.factors], result)
 
     def check(self) -> None:
         _require(isinstance(self.equation, str) and len(self.equation) <= 128, "the equation is a short text")
@@ -241,7 +261,7 @@ class Factored(Packed):
         _require(len(set(right)) == len(right) and set(right) <= set(extent), "the result's letters are known")
         _require(math.prod(extent[c] for c in right) == math.prod(self.size), "the result fills the shape")
         held = max(1, math.prod(self.size), *(math.prod(factor.shape) for factor in self.factors))
-        for step in contractions(terms, [factor.shape for factor in self.factors], right):
+        for step in self._steps():
             _require(step.work <= WORK * held and step.size <= 8 * held, "the equation's products are not too many")
 
 
@@ -279,6 +299,9 @@ class Transformed(Packed):
         coefficients = unpack(self.coefficients)
         xp = namespace(coefficients)
         height, width = self.shape[-2:]
+        if height * width > WHOLE_BLOCK:
+            rows, columns = (xp.asarray(dct(n).astype(np.float32)) for n in (height, width))
+            return rows.T @ coefficients @ columns
         kernel = xp.asarray(kernel_dct(height, width).astype(np.float32))
         return (coefficients.reshape(-1, height * width) @ kernel).reshape(self.shape)
 
@@ -288,7 +311,7 @@ class Transformed(Packed):
 
     def check(self) -> None:
         _require(is_float_tree(self.coefficients) and len(self.shape) >= 2, "coefficients have two axes or more")
-        _require(max(self.shape[-2:]) <= 64, "a transformed block is at most 64 x 64")
+        _require(all(1 <= n <= 64 for n in self.shape[-2:]), "a transformed block is at least 1 x 1, at most 64 x 64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,9 +349,128 @@ class Reshaped(Packed):
         _require(math.prod(self.split) == count == math.prod(self.size), "split and size hold the child's values")
 
 
+@dataclass(frozen=True, eq=False)
+class Bloomier(Packed):
+    """Values by position from a Bloomier filter: codewords[v] where v, the XOR of three cells and a mask, is one.
+
+    Places that no key stood for are zero, but for false positives (Reagen et al. 2018). `cells` [(windows + 2) *
+    length] have `bits` bits each; the three of a place lie in segments of `length` cells in a row.
+    """
+
+    cells: Array
+    codewords: Tree  # [k]
+    bits: int
+    seed: int
+    length: int
+    size: tuple[int, ...]
+
+    def unpack(self) -> Array:
+        codewords = unpack(self.codewords)
+        xp, number = namespace(codewords), self.numbers()
+        found = number < codewords.shape[0]
+        dense = xp.zeros(math.prod(self.size), dtype=codewords.dtype)
+        dense[xp.asarray(found)] = codewords[xp.asarray(number[found].astype(np.int64))]
+        return dense.reshape(self.size)
+
+    def numbers(self) -> Array:
+        """What the filter says to each place, uint16: a codeword's number, or one past all of them."""
+        cells = self.cells if _is_numpy(self.cells) else self.cells.cpu().numpy()
+        return bloomier.queried(cells, math.prod(self.size), self.seed, self.length, self.bits)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.size)
+
+    def room(self) -> int:
+        return 4 * math.prod(self.size)  # numbers, which of them are found, and where their codewords are
+
+    def check(self) -> None:
+        numbers = (self.bits, self.seed, self.length)
+        _require(all(isinstance(n, int) for n in numbers), "bits, seed and length are numbers")
+        _require(is_integer(self.cells) and len(self.cells.shape) == 1, "cells are a vector of integers")
+        _require(1 <= self.bits <= 16 and 0 <= self.seed < 1 << 62, "cells have 1 to 16 bits, and a seed at most 62")
+        _require(1 <= self.length <= 1 << 30 and self.cells.shape[0] < 1 << 31, "segments are short of 2^30 cells")
+        _require(
+            self.cells.shape[0] % self.length == 0 and self.cells.shape[0] >= 3 * self.length, "cells are segments"
+        )
+        _require(is_float_tree(self.codewords) and len(self.codewords.shape) == 1, "codewords are a float vector")
+        _require(self.codewords.shape[0] <= 1 << self.bits, "a codeword's number fits into a cell")
+        _require(_is_shape(self.size) and math.prod(self.size) < 1 << 31, "size is a shape short of 2^31 places")
+
+
+@dataclass(frozen=True, eq=False)
+class Lattice(Packed):
+    """Points less a dither that the seed tells: randomised lattice quantization (Choi, El-Khamy, Lee 2018).
+
+    The first values of `point`, in C order, minus 2^(step/16) times a number in [-1/2, 1/2) that `dimension` neighbours
+    share (`splitmix.py`).
+    """
+
+    point: Tree
+    step: int
+    seed: int
+    dimension: int
+    size: tuple[int, ...]
+
+    def unpack(self) -> Array:
+        point, count = unpack(self.point), math.prod(self.size)
+        xp = namespace(point)
+        away = np.repeat(splitmix.dither(self.seed, -(-count // self.dimension)), self.dimension)[:count]
+        away = away * sixteenth(self.step)
+        return (point.reshape(-1)[:count] - xp.asarray(away)).reshape(self.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.size)
+
+    def room(self) -> int:
+        return 4 * math.prod(self.size)  # the dither, how far away that is, and the differences
+
+    def check(self) -> None:
+        numbers = (self.step, self.seed, self.dimension)
+        _require(all(isinstance(n, int) for n in numbers), "step, seed and dimension are numbers")
+        _require(abs(self.step) <= 1600 and 0 <= self.seed < 1 << 62, "a step is within 2^100, a seed below 2^62")
+        _require(1 <= self.dimension <= 64, "1 to 64 neighbours share a dither")
+        _require(is_float_tree(self.point) and _is_shape(self.size), "points are a float tree, size is a shape")
+        _require(math.prod(self.size) <= math.prod(self.point.shape), "there are points for the size")
+
+
+@dataclass(frozen=True, eq=False)
+class Hashed(Packed):
+    """Buckets that many places share, each with a sign of its own: HashedNets (Chen et al. 2015).
+
+    Which bucket a place has, and which sign, the seed tells (`splitmix.py`).
+    """
+
+    buckets: Tree  # [K]
+    seed: int
+    size: tuple[int, ...]
+
+    def unpack(self) -> Array:
+        buckets = unpack(self.buckets)
+        xp = namespace(buckets)
+        place, sign = splitmix.buckets(self.seed, math.prod(self.size), buckets.shape[0])
+        return (buckets[xp.asarray(place)] * xp.asarray(sign)).reshape(self.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.size)
+
+    def room(self) -> int:
+        return 6 * math.prod(self.size)  # buckets, which are int64, signs, and their products
+
+    def check(self) -> None:
+        _require(isinstance(self.seed, int) and 0 <= self.seed < 1 << 62, "a seed is a number below 2^62")
+        _require(is_float_tree(self.buckets) and len(self.buckets.shape) == 1, "buckets are a float vector")
+        _require(
+            1 <= self.buckets.shape[0] < 1 << 32 and _is_shape(self.size), "there are buckets, and size is a shape"
+        )
+
+
 # The order is part of the file format: only ever append.
 NODES: dict[str, type[Packed]] = {
-    node.__name__: node for node in (Uniform, Codebook, Sparse, Sliced, Factored, Transformed, Reshaped)
+    node.__name__: node
+    for node in (Uniform, Codebook, Sparse, Sliced, Factored, Transformed, Reshaped, Bloomier, Lattice, Hashed)
 }
 
 
@@ -340,7 +482,7 @@ def dct(n: int) -> Array:
     return matrix
 
 
-@functools.cache
+@functools.lru_cache(64)
 def kernel_dct(height: int, width: int) -> Array:
     """The two-dimensional DCT-II matrix [height * width] squared: coefficients = matrix @ kernel, both in C order."""
     matrix = np.kron(dct(height), dct(width))

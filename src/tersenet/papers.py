@@ -7,15 +7,23 @@ from tersenet.allocators.amc import AMC
 from tersenet.budget import Budget
 from tersenet.methods import Method, chain
 from tersenet.methods.kmeans import KMeans
+from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
+from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.run import Recipe, Stage
 from tersenet.stages.channels import SearchChannels
-from tersenet.stages.finetune import Finetune
+from tersenet.stages.finetune import Distill, Finetune
+from tersenet.stages.hashed import Hash
+from tersenet.stages.layerwise import Layerwise
+from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.stages.universal import Universal
 from tersenet.stages.waterfill import Waterfill
+from tersenet.stages.weightless import Weightless
 
 
 def output_aware(budget: Budget | None = None, samples: int = 1024) -> Recipe:
@@ -104,6 +112,93 @@ def amc(macs: float = 0.5, episodes: int = 100, epochs: int = 0, seed: int = 0) 
     return search, Retrain("learning-rate", epochs, seed), Narrow()
 
 
+def bit_goes_down(
+    bits: int = 8, kernels: int = 1, feedback: bool = False, epochs: int = 1, final: int = 3, seed: int = 0
+) -> Recipe:
+    """And the Bit Goes Down (Stock et al. 2020): product quantization in the metric of each layer's inputs.
+
+    Layer by layer, each distilled by itself for `epochs`, then all codewords together for `final`. `kernels` 1 makes
+    the paper's small blocks, 2 its large ones. Layers of fewer than 1,000 weights stay dense. With `feedback` vectors
+    make up for the errors of those before them, which the paper has not.
+    """
+    method = Product(bits, kernels, feedback=feedback, seed=seed)
+    return (
+        Layerwise(None, (("least:1000", method),), seed=seed, distill=Distill(epochs, seed=seed) if epochs else None),
+        Distill(final, seed=seed),
+        Narrow(),
+    )
+
+
+def slq(bits: int = 5, rounds: int = 5, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Single-level quantization (Xu et al. 2018): 2^(bits - 1) + 1 values a layer, those that lose most first."""
+    return SLQ(bits, rounds, epochs, seed), Narrow()
+
+
+def mlq(rounds: int = 2, groups: int = 4, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Multi-level quantization (Xu et al. 2018): three values a layer, by parts of clusters and groups of layers."""
+    return MLQ(rounds, groups, epochs, seed), Narrow()
+
+
+def universal(
+    density: float = 0.1,
+    bits: int = 5,
+    dimension: int = 1,
+    dithered: bool = True,
+    rounds: int = 5,
+    epochs: int = 1,
+    seed: int = 0,
+) -> Recipe:
+    """Universal compression (Choi, El-Khamy, Lee 2018): prune, round to one dithered lattice, tune its values.
+
+    `density` of the weights survives; `bits` set the step, and `dimension` neighbours share a dither and are one
+    symbol.
+    """
+    return (
+        Prune(density, rounds, epochs, final=2 * epochs, seed=seed),
+        Universal(bits, dimension, dithered, seed),
+        Finetune(epochs, seed=seed, gradient="mean"),
+        Narrow(),
+    )
+
+
+def hashed_nets(density: float = 0.125, epochs: int | None = None, seed: int = 0) -> Recipe:
+    """HashedNets (Chen et al. 2015): `density` buckets a weight, shared by hashing and trained from the beginning."""
+    return Hash(density, epochs=epochs, seed=seed), Narrow()
+
+
+def transform_coding(bits: int = 6, clusters: int = 4, block: int = 8) -> Recipe:
+    """Transform coding with clustering (Laude, Richter, Ostermann 2018): the DCT of kernels and of blocks of matrices.
+
+    Coefficients are rounded to `bits`, biases and norms share 2^`clusters` values each. With a drop as the budget the
+    bits are searched, as in the paper.
+    """
+    return Pack(chain(KernelDCT(block), Uniform(bits)), vectors=KMeans(clusters)), Narrow()
+
+
+def inq(bits: int = 5, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Incremental network quantization (Zhou et al. 2017): powers of two, the largest weights first."""
+    return INQ(bits, epochs=epochs, seed=seed), Narrow()
+
+
+def lsq(bits: int = 4, epochs: int = 5, seed: int = 0) -> Recipe:
+    """Learned step size quantization (Esser et al. 2020): weights trained at few bits, their steps with them."""
+    return LSQ(bits, epochs=epochs, seed=seed), Narrow()
+
+
+def weightless(
+    density: float = 0.05, bits: int = 3, cells: int = 8, rounds: int = 5, epochs: int = 1, seed: int = 0
+) -> Recipe:
+    """Weightless (Reagen et al. 2018): pruned and clustered layers in Bloomier filters, retrained around what they err.
+
+    `density` of the weights survives and shares 2^`bits` values for each layer; filters have `cells` bits a cell.
+    """
+    return (
+        Prune(density, rounds, epochs, final=2 * epochs, seed=seed),
+        Weightless(bits, cells, tune=epochs, seed=seed),
+        Narrow(),
+    )
+
+
 def _rounds(density: float) -> int:
     if not 0 < density <= 1:
         raise ValueError(f"a density is in (0, 1], not {density}")
@@ -120,4 +215,13 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "exact-obs": exact_obs,
     "sparsegpt": sparsegpt,
     "amc": amc,
+    "bit-goes-down": bit_goes_down,
+    "slq": slq,
+    "mlq": mlq,
+    "universal": universal,
+    "hashed-nets": hashed_nets,
+    "transform-coding": transform_coding,
+    "inq": inq,
+    "lsq": lsq,
+    "weightless": weightless,
 }

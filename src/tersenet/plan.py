@@ -15,7 +15,7 @@ from tersenet.promise import prepared
 from tersenet.run import Recipe, Stage
 from tersenet.strength import numbers, setting, with_budget
 from tersenet.task import Task
-from tersenet.where import Where, chosen, kinds
+from tersenet.where import Where, chosen, chosen_with_vectors, kinds
 
 LEARNED = 4.0  # bits a weight where only a run can tell: most networks end at 3 to 5
 HEADER = 40  # bytes of a file, and about those of a tensor, beside its values
@@ -130,8 +130,8 @@ def _after(stage: Stage, draft: Draft, lines: Mapping[str, Line], before: bool) 
             if lines[n].bits == 32 and lines[n].weights:
                 changed[n] = _does(lines[n], f"rounded to {getattr(stage, 'dtype', 'half')} by Narrow", bits=16)
     elif hasattr(stage, "method"):  # Pack and Layerwise
-        ruled = chosen(draft, getattr(stage, "rules", ()))
-        for n in weights:
+        ruled = chosen_with_vectors(draft, getattr(stage, "rules", ()))
+        for n in [*weights, *(ruled.keys() - draft.weights())]:
             rule, method = ruled.get(n, ("", stage.method))
             if method is not None:
                 left = {part: min([getattr(lines[n], part), *numbers(method, part)]) for part in ("bits", "density")}

@@ -25,7 +25,7 @@ from tersenet.packed import Array, Packed
 from tersenet.papers import output_aware
 from tersenet.run import Choice, Recipe, Result, cache_folder, run
 from tersenet.stages.pack import Pack
-from tersenet.strength import meeting, setting, waits, with_budget
+from tersenet.strength import has_setting, keeping, meeting, setting, waits, with_budget
 from tersenet.task import Task, duplicate, one_thread
 from tersenet.where import Where, kept
 
@@ -49,7 +49,7 @@ def compress(
 
     Without a recipe it is `papers.output_aware()`: the network is quantized without retraining to the budget. The
     default budget is a drop of half a point, or, where there are only arrays, a ratio of 8; a point is a hundredth of
-    the metric's unit. A recipe with a budget in bytes runs at its own setting that meets it (`strength.py`).
+    the metric's unit. A recipe with a budget runs at its own setting that meets it (`strength.py`).
 
     Weights that `keep` matches stay bit for bit as they are; those that `rules` match, e.g. (("conv*", KMeans(4)),),
     are packed before the recipe begins (`where.py`).
@@ -73,6 +73,8 @@ def compress(
         raise ValueError("a drop needs a task with test data to measure it on: give Task(test=...)")
     before = task.score(task.test) if task and task.test is not None else None
     place = Path(folder) if folder else cache_folder()
+    by_drop = budgeted is None and budget is not None and budget.drop is not None and has_setting(recipe)
+    held = task.score(task.held()) if by_drop and task and (task.train or task.valid) is not None else None
 
     begin = draft
 
@@ -82,12 +84,20 @@ def compress(
     def sized(made: Draft) -> tuple[int, Draft]:
         return artifact_of(made, coding).nbytes + ERROR * len(original), made
 
+    def judged(stages: Recipe) -> tuple[bool, Draft]:
+        """Whether a network keeps the drop on the data for choosing."""
+        assert task is not None and budget is not None and budget.drop is not None and held is not None
+        made = attempt(stages)
+        return -100 * task.metric.gain(task.score(task.held(), made.module()), held) <= budget.drop, made
+
     def quick_size(stages: Recipe) -> int:
         return sized(functools.reduce(lambda made, stage: stage(made, task), stages, begin))[0]
 
     try:
         if budgeted is None and most is not None:
             draft = meeting(recipe, max(1, most - extra), lambda stages: sized(attempt(stages)), quick_size)
+        elif held is not None:
+            draft = keeping(recipe, judged)
         else:
             draft = attempt(budgeted or recipe)
     except UnmetBudget as wrong:
@@ -100,7 +110,7 @@ def compress(
         after = _measured(opened, task)
         artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, "metric": round(after, 6)})
         _same(opened, _opened(artifact))
-    on_choice = budgeted is not None and budget is not None and budget.drop is not None
+    on_choice = held is not None or (budgeted is not None and budget is not None and budget.drop is not None)
     chosen = Choice.of(task, artifact) if on_choice and task is not None else None
     rows = [row for row in draft.journal.rows if {"stage", "likelihood"} & row.keys()]
     result = Result(artifact, before, after, time.monotonic() - begun, rows, chosen, draft.journal.path)

@@ -44,7 +44,9 @@ from pydantic import (
 
 from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.methods import Chain, Method
+from tersenet.methods.fixed_point import FixedPoint, PowersOfTwo, Ternary
 from tersenet.methods.kmeans import KMeans
+from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
 from tersenet.methods.surgeon import SparseGPT
 from tersenet.methods.transform import KernelDCT
@@ -52,12 +54,17 @@ from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
 from tersenet.run import Recipe
 from tersenet.stages.channels import Channels, DropDead, SearchChannels
-from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.finetune import Distill, Finetune, TrainLevels
+from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
+from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.stages.universal import Universal
 from tersenet.stages.waterfill import Waterfill
+from tersenet.stages.weightless import Weightless
 from tersenet.where import Where
 
 STAGES: dict[str, type] = {
@@ -69,6 +76,14 @@ STAGES: dict[str, type] = {
     "waterfill": Waterfill,
     "retrain": Retrain,
     "obs": OBS,
+    "distill": Distill,
+    "slq": SLQ,
+    "mlq": MLQ,
+    "inq": INQ,
+    "lsq": LSQ,
+    "universal": Universal,
+    "hash": Hash,
+    "weightless": Weightless,
     "train-levels": TrainLevels,
     "channels": Channels,
     "search-channels": SearchChannels,
@@ -77,7 +92,11 @@ STAGES: dict[str, type] = {
 METHODS: dict[str, type] = {
     "magnitude": Magnitude,
     "kmeans": KMeans,
+    "product": Product,
     "uniform": Uniform,
+    "fixed-point": FixedPoint,
+    "ternary": Ternary,
+    "powers-of-two": PowersOfTwo,
     "kernel-dct": KernelDCT,
     "sparsegpt": SparseGPT,
 }

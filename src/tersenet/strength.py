@@ -4,6 +4,7 @@ A stage with a `budget` takes the size as it is. Else all densities of a recipe,
 smaller together: a density d becomes d^e, so that rounds of pruning keep their proportions.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -14,8 +15,9 @@ from tersenet.budget import Budget, UnmetBudget
 from tersenet.run import Recipe, Stage
 
 SETTINGS = ("density", "macs", "bits")  # the first that a recipe has is its own
-UNTRAINED = {"epochs": 0, "final": 0, "episodes": 1, "retrain": "none"}  # what makes a run a quick one
+UNTRAINED = {"epochs": 0, "final": 0, "tune": 0, "episodes": 1, "retrain": "none"}  # what makes a run a quick one
 RUNS, USED = 4, 0.97  # of the whole recipe at most, and the part of the budget from which on a file is good enough
+STRONGER = 1.5  # from one power to the next, as long as all tried keep a drop, or none does
 Found = TypeVar("Found")
 
 
@@ -30,14 +32,18 @@ def with_budget(recipe: Recipe, budget: Budget, coding: Coding | None) -> Recipe
 
 def setting(recipe: Recipe) -> str:
     """The name of the setting that decides a recipe's size; raises ValueError where it has none."""
-    found = next((name for name in SETTINGS if any(numbers(stage, name) for stage in _free(recipe))), None)
-    if found is None:
+    if not has_setting(recipe):
         stages = ", ".join(type(stage).__name__ for stage in recipe)
         raise ValueError(
             f"no setting of this recipe ({stages}) decides its size: give it a density, bits, or a Waterfill stage"
             " without a step or a budget of its own"
         )
-    return found
+    return next(name for name in SETTINGS if any(numbers(stage, name) for stage in _free(recipe)))
+
+
+def has_setting(recipe: Recipe) -> bool:
+    """Whether a setting of the recipe's own decides its size."""
+    return any(numbers(stage, name) for name in SETTINGS for stage in _free(recipe))
 
 
 def stronger(recipe: Recipe, e: float, name: str | None = None) -> Recipe:
@@ -76,14 +82,14 @@ def meeting(
     sizes: dict[float, int] = {}
 
     def quick(e: float) -> int:
-        """The bytes without training; 1 where this network cannot be made so small, as the recipe itself can."""
+        """The bytes without training; 1, or too many, where stages do not take a setting, as they do the recipe's."""
         if e not in sizes:
             try:
                 sizes[e] = size_of(untrained(stronger(recipe, e, name)))
             except ValueError:
                 if not sizes:
                     raise
-                sizes[e] = 1
+                sizes[e] = 1 if e > 1 else max(most + 1, 2 * max(sizes.values()))
         return sizes[e]
 
     for _ in range(RUNS):
@@ -107,6 +113,27 @@ def meeting(
     if best is None:
         raise UnmetBudget(most, least or 0, f" of the recipe's {name}")
     return best[1]
+
+
+def keeping(recipe: Recipe, run: Callable[[Recipe], tuple[bool, Found]]) -> Found:
+    """What `run` gives for the recipe at the strongest setting found that keeps a drop, or at the weakest tried.
+
+    `run` tells whether a recipe's network keeps the drop, and what it is. The recipe itself comes first.
+    """
+    name, at = setting(recipe), 1.0
+    kept, lost, tried = dict[float, Found](), dict[float, Found](), list[Recipe]()
+    for _ in range(RUNS):
+        stages = stronger(recipe, at, name)
+        if stages in tried:  # bits are whole numbers
+            break
+        tried.append(stages)
+        keeps, found = run(stages)
+        (kept if keeps else lost)[at] = found
+        if kept and lost:
+            at = math.sqrt(max(kept) * min(lost))
+        else:
+            at = max(kept) * STRONGER if kept else min(lost) / STRONGER
+    return kept[max(kept)] if kept else lost[min(lost)]
 
 
 def _free(recipe: Recipe) -> Recipe:
@@ -142,6 +169,8 @@ def _changed(value: Any, change: Callable[[str, Any], Any]) -> Any:
 
 
 def _power(value: Any, e: float, name: str) -> Any:
+    if e == 1:
+        return value
     if name == "bits":
         return min(12, max(2, round(value / e)))
     return min(1.0, max(1e-6, value**e))

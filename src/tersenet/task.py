@@ -97,6 +97,35 @@ def soft_targets(outputs: Tensor, wanted: Tensor, temperature: float = 3.0) -> T
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """Networks that know, whose softened outputs training follows (Hinton, Vinyals, Dean 2015).
+
+    `mix` is the part of the soft targets in what is lowered, the rest is the task's own loss; an ensemble says the mean
+    of its networks' softened distributions.
+    """
+
+    models: tuple[nn.Module, ...]
+    temperature: float = 3.0
+    mix: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.models, nn.Module):
+            object.__setattr__(self, "models", (self.models,))
+        if not self.models or not self.temperature > 0 or not 0 < self.mix <= 1:
+            raise ValueError("a Teacher has a network or more, a temperature above 0 and a mix in (0, 1]")
+
+    def loss(self, task: "Task", outputs: Tensor, inputs: Any, targets: Any) -> Tensor:
+        """What training lowers for a batch."""
+        with torch.no_grad():
+            wanted = [task.outputs(model.to(task.device), inputs) for model in self.models]
+            if len(wanted) > 1:
+                said = torch.stack([z / self.temperature for z in wanted]).softmax(2).mean(0)
+                wanted = [self.temperature * said.log()]
+        soft = soft_targets(outputs, wanted[0], self.temperature)
+        return soft if self.mix == 1 else self.mix * soft + (1 - self.mix) * task.loss(outputs, targets)
+
+
+@dataclass(frozen=True)
 class Metric:
     """How good a network is: `function(outputs, targets)`, a number.
 
@@ -177,8 +206,8 @@ class Task:
     on; without it, a tenth of the training split, drawn by a fixed seed, is held back and never trained on.
     `likelihood` is what outputs parametrize: "classes", "bernoulli" or "gaussian"; without it the loss and the targets
     tell. `snapshots` are earlier weights by epoch, for weight rewinding (`trained` keeps them). `augment(inputs,
-    generator)` makes a training batch's random variation. With a `teacher`, stages train towards its outputs
-    (`soft_targets`) instead of the loss. Everything runs on `device`.
+    generator)` makes a training batch's random variation. With a `teacher`, a module or a `Teacher`, stages train
+    towards its outputs instead of the loss. Everything runs on `device`.
     """
 
     model: nn.Module
@@ -190,7 +219,7 @@ class Task:
     schedule: Schedule = field(default_factory=Schedule)
     augment: Callable[[Any, torch.Generator], Any] | None = None
     snapshots: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
-    teacher: nn.Module | None = None
+    teacher: Any = None
     forward: Callable[[nn.Module, Any], Any] | None = None
     device: str = "cpu"
     likelihood: str | None = None
@@ -198,6 +227,8 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric):
             object.__setattr__(self, "metric", Metric(self.metric))
+        if isinstance(self.teacher, nn.Module):
+            object.__setattr__(self, "teacher", Teacher((self.teacher,)))
         if self.likelihood not in (None, *LIKELIHOODS):
             raise ValueError(f"a likelihood is one of {', '.join(LIKELIHOODS)}, not {self.likelihood!r}")
         for name in ("train", "test", "valid"):
@@ -320,9 +351,8 @@ class Task:
         """What training lowers: the loss, or how far the outputs are from the teacher's."""
         if self.teacher is None:
             return self.loss(outputs, targets)
-        with torch.no_grad():
-            wanted = self.outputs(self.teacher.to(self.device), inputs)
-        return soft_targets(outputs, wanted)
+        found: Tensor = self.teacher.loss(self, outputs, inputs, targets)
+        return found
 
     def trained(self, seed: int = 0, keep: Iterable[int] = ()) -> "Task":
         """This task with its model trained by its schedule from where it stands; snapshots of the epochs in `keep`."""

@@ -4,12 +4,12 @@ A rule is a pair (where, what). Among rules one that gives a weight's exact name
 matches. A rule that decides about nothing is an error, since it is most likely misspelt.
 """
 
-from collections.abc import Container, Iterable, Sequence
+import math
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-import numpy as np
 from torch import nn
 
 from tersenet.draft import KEPT_BY_RULE, Draft
@@ -84,6 +84,29 @@ def chosen(draft: Draft, rules: Sequence[tuple[Where | str, What]]) -> dict[str,
     return _chosen(draft, rules, draft.weights())
 
 
+def chosen_with_vectors(draft: Draft, rules: Sequence[tuple[Where | str, What]]) -> dict[str, tuple[str, What]]:
+    """The same, where rules that fit no weight are for the biases and norms that they fit: `*.bias`, `kind:norm`."""
+    weights, others = draft.weights(), vectors(draft)
+    fits = _fitting(draft)
+
+    def is_for(rule: Where | str, names: Iterable[str]) -> bool:
+        return any(fits(rule, name) for name in names)
+
+    for_vectors = [rule for rule in rules if not is_for(rule[0], weights) and is_for(rule[0], others)]
+    for_weights = [rule for rule in rules if rule not in for_vectors]
+    return _chosen(draft, for_weights, weights) | _chosen(draft, for_vectors, others)
+
+
+def vectors(draft: Draft) -> list[str]:
+    """The names of trainable float vectors, tied ones once."""
+    found: dict[int, str] = {}
+    for name, tensor in draft.tensors.items():
+        fits = name in draft.trainable and len(tensor.tree.shape) == 1 and tensor.note != FOLDED
+        if fits and tensor.tree.shape[0] and "float" in tensor.dtype:
+            found.setdefault(id(tensor), name)
+    return list(found.values())
+
+
 def kinds(draft: Draft) -> dict[str, str]:
     """The kind of layer that each tensor is of, as rules know it."""
     layers = _layers(draft)
@@ -104,28 +127,43 @@ def kept(draft: Draft, patterns: Where | str | Iterable[Where | str]) -> Draft:
 def _chosen(
     draft: Draft, rules: Sequence[tuple[Where | str, What]], names: Sequence[str]
 ) -> dict[str, tuple[str, What]]:
-    alike: dict[int, list[str]] = {}
-    for name, tensor in draft.tensors.items():
-        alike.setdefault(id(tensor), []).append(name)
-    layers = _layers(draft)
+    fits, alike = _fitting(draft), _alike(draft)
     wheres = [_where(rule, draft.tensors) for rule, _ in rules]
     found, used = dict[str, tuple[str, What]](), set[int]()
     for name in names:
-        shape, tied = draft.tensors[name].tree.shape, alike[id(draft.tensors[name])]
-        told = {_kind(layers, one, shape) for one in tied}
+        tied = alike[id(draft.tensors[name])]
         for k in sorted(range(len(rules)), key=lambda k: wheres[k].name not in tied):  # exact names first
-            where = wheres[k]
-            pattern = where.name not in draft.tensors  # what is a name is no pattern
-            named = any(fnmatchcase(one, where.name) for one in tied) if pattern else where.name in tied
-            fits = any(fnmatchcase(kind, where.kind) for kind in told) and np.prod(shape) >= where.least
-            if named and fits:
-                found[name] = str(where), rules[k][1]
+            if fits(wheres[k], name):
+                found[name] = str(wheres[k]), rules[k][1]
                 used.add(k)
                 break
     if idle := [str(where) for k, where in enumerate(wheres) if k not in used]:
         there = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         raise ValueError(f"the rule {idle[0]!r} decides about no weight; there are {there or 'none left'}")
     return found
+
+
+def _alike(draft: Draft) -> dict[int, list[str]]:
+    """The names of each tensor, by its id."""
+    found: dict[int, list[str]] = {}
+    for name, tensor in draft.tensors.items():
+        found.setdefault(id(tensor), []).append(name)
+    return found
+
+
+def _fitting(draft: Draft) -> Callable[[Where | str, str], bool]:
+    """Whether a rule's first part fits a tensor, by any of the names that are tied to it."""
+    alike, layers = _alike(draft), _layers(draft)
+
+    def fits(rule: Where | str, name: str) -> bool:
+        where, tensor = _where(rule, draft.tensors), draft.tensors[name]
+        shape, tied = tensor.tree.shape, alike[id(tensor)]
+        pattern = where.name not in draft.tensors  # what is a name is no pattern
+        named = any(fnmatchcase(one, where.name) for one in tied) if pattern else where.name in tied
+        told = {_kind(layers, one, shape) for one in tied}
+        return named and any(fnmatchcase(kind, where.kind) for kind in told) and math.prod(shape) >= where.least
+
+    return fits
 
 
 def _where(rule: Where | str, names: Container[str]) -> Where:

@@ -2,8 +2,9 @@
 
 import json
 import struct
+import weakref
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,14 +16,18 @@ from tersenet.container import (
     ARRAY,
     CODED,
     DEFLATED,
+    DICTIONARY,
     DTYPES,
+    EACH,
     FLOATS,
     FOOTER,
     FORMATS,
     HEADER_CAP,
     MAGIC,
+    MANY,
     META_CAP,
     NAME_CAP,
+    NAMES_CAP,
     NODE,
     NONE,
     NOTES,
@@ -33,6 +38,10 @@ from tersenet.container import (
     RANK_CAP,
     REQUIRED,
     SECTION_CAP,
+    SHARED,
+    SMALL,
+    SMALL_FOOTER,
+    SMALL_VERSION,
     STAND_IN,
     TEXT,
     TUPLE,
@@ -57,33 +66,63 @@ def write(
     file: BinaryIO,
 ) -> bytes:
     """Code the streams into an empty file, holding some tensors at a time; the bytes that stand before them."""
-    plain, begun = bytearray(put_number(len(tensors))), list[int]()
+    if sum(len(name.encode()) for name in tensors) > NAMES_CAP:
+        raise ValueError(f"the names of a file's tensors have at most {NAMES_CAP:,} bytes together")
+    records: list[tuple[bytes, bytes]] = [(put_number(len(tensors)), b"")]  # of the header, each with its CRC-32
     streams = _Streams(coding)
     first: dict[int, int] = {}
     last = b""
-    for name, tensor in _prepared(tensors, streams):
+    for number, (name, tensor) in enumerate(_prepared(tensors, streams)):
         text = name.encode()
         if len(text) > NAME_CAP:
             raise ValueError(f"{name[:40]}...: a tensor's name has at most {NAME_CAP} bytes")
         shared = next((i for i, (a, b) in enumerate(zip(last, text)) if a != b), min(len(last), len(text)))
-        plain += put_number(shared) + put_number(len(text) - shared) + text[shared:]
+        records.append((put_number(shared) + put_number(len(text) - shared) + text[shared:], b""))
         last = text
         if id(tensor) in first:
-            plain += bytes([ALIAS]) + put_number(first[id(tensor)])
+            records.append((bytes([ALIAS]) + put_number(first[id(tensor)]), b""))
         else:
-            plain += _tensor_header(name, tensor, streams)
+            records.append(_tensor_header(name, tensor, streams))
             streams.flush(file)
-        first.setdefault(id(tensor), len(begun))
-        begun.append(len(plain))
-    plain += streams.pools()
+        first.setdefault(id(tensor), number)
+    records.append(streams.pools())
     meta = json.dumps(dict(notes), separators=(",", ":"), sort_keys=True).encode() if notes else b""
     if len(meta) >= META_CAP:
         raise ValueError(f"the notes of a file have at most {META_CAP} bytes")
-    plain += put_number(len(meta)) + meta + _section_headers(sections, streams)
+    records += [(put_number(len(meta)) + meta, b""), *_section_headers(sections, streams)]
     streams.flush(file)
+    head = _small_head(records, file.tell()) or _large_head(records)
+    size = written(head, file)
+    if len(tensors) > (most := max(MANY, size // EACH)):
+        raise ValueError(f"a file of {size:,} bytes holds at most {most:,} tensors")
+    return head
+
+
+def written(head: bytes, file: BinaryIO) -> int:
+    """The size of the whole file, when `write` has put its streams into a file."""
+    return len(head) + file.tell() + (SMALL_FOOTER if _is_small(head) else FOOTER)
+
+
+def _is_small(head: bytes) -> bool:
+    return head[len(MAGIC)] == SMALL_VERSION
+
+
+def _small_head(records: Sequence[tuple[bytes, bytes]], streams: int) -> bytes | None:
+    """The head of a file with one check for all of it, where it is small enough with so many bytes of streams."""
+    if streams > SMALL:
+        return None
+    plain = b"".join(record for record, _ in records)
+    coded = _deflated(plain, DICTIONARY)
+    head = MAGIC + bytes([SMALL_VERSION]) + put_number(len(coded)) + coded
+    fits = len(head) + streams + SMALL_FOOTER <= SMALL and len(plain) <= expanded(len(coded))
+    return head if fits else None
+
+
+def _large_head(records: Sequence[tuple[bytes, bytes]]) -> bytes:
+    plain = b"".join(record + check for record, check in records)
     deflated = _deflated(plain)
     small = len(deflated) < len(plain) <= expanded(len(deflated))
-    coded = b"\1" + deflated if small else b"\0" + bytes(plain)
+    coded = b"\1" + deflated if small else b"\0" + plain
     if max(len(coded), len(plain)) > HEADER_CAP:
         raise ValueError(f"the header would be over {HEADER_CAP:,} bytes")
     head = MAGIC + bytes([VERSION]) + struct.pack("<I", len(coded))
@@ -98,7 +137,7 @@ def pieces(head: bytes, file: BinaryIO) -> Iterator[bytes]:
     while piece := file.read(COPIED):
         check, size = zlib.crc32(piece, check), size + len(piece)
         yield piece
-    end = struct.pack("<Q", size + FOOTER)
+    end = b"" if _is_small(head) else struct.pack("<Q", size + FOOTER)
     yield end + struct.pack("<I", zlib.crc32(end, check))
 
 
@@ -107,7 +146,7 @@ def _prepared(tensors: Mapping[str, Tensor], streams: "_Streams") -> Iterator[tu
     for group in groups(tensors):
         streams.prepare([array for tensor in group.values() for _, array in arrays(tensor.tree)])
         yield from group.items()
-        streams.ready = {}  # it goes by ids, which other arrays may get
+        streams.alone, streams.ready = {}, {}  # which go by ids, that other arrays may get
 
 
 class _Streams:
@@ -116,77 +155,91 @@ class _Streams:
     def __init__(self, coding: Coding) -> None:
         self.coding, self.data = coding, bytearray()
         self.pooled: dict[int, list[Array]] = {}  # flat arrays by format
-        self.ready: dict[int, tuple[str, bytes]] = {}  # what was coded ahead, by the array's id
+        self.alone: dict[int, Array] = {}  # what has a stream of its own, by its id, kept while that is asked for
+        self.ready: dict[int, tuple[bytes, bytes]] = {}
+        self.taken = 0  # arrays
+        self.known: dict[int, tuple[int, Callable[[], Array | None]]] = {}  # their numbers by ids, while they live
 
     def prepare(self, listed: Sequence[Array]) -> None:
-        """Code large integer arrays ahead, on as many threads as are worth it."""
-        large = {
-            id(a): a for a in map(np.asarray, listed) if a.dtype.kind != "f" and a.size >= container.WORTH_A_THREAD
-        }
-        if container.THREADS > 1 and len(large) > 1:
+        """Code arrays ahead, on as many threads as are worth it."""
+        new = (np.asarray(a) for a in listed if self._number(a) is None)
+        found = (a for a in new if a.dtype in container.IN_MEMORY and not _small(a))
+        self.alone = {id(a): a for a in sorted(found, key=lambda a: -a.size)}
+        if container.CORES > 1 and sum(a.size for a in self.alone.values()) >= container.WORTH_A_THREAD:
             from concurrent.futures import ThreadPoolExecutor  # which readers need not wait for
 
-            with ThreadPoolExecutor(container.THREADS) as pool:
-                order = sorted(large, key=lambda key: -large[key].size)
-                self.ready = dict(zip(order, pool.map(lambda key: self._coded(large[key]), order), strict=True))
+            with ThreadPoolExecutor(container.CORES) as pool:
+                self.ready = dict(zip(self.alone, pool.map(self._coded, self.alone.values()), strict=True))
 
     def flush(self, file: BinaryIO) -> None:
         """Move what was coded into a file."""
         file.write(self.data)
         self.data.clear()
 
-    def array(self, array: Array) -> bytes:
+    def array(self, given: Array) -> bytes:
         """Take an array in; its header."""
-        if array.dtype.kind == "f":
-            stored, raw = _narrowest(array)
-        else:
-            stored, raw = str(array.dtype), array
-        form = FORMATS.index((str(array.dtype), stored))
-        head = bytes([ARRAY, form, array.ndim]) + b"".join(put_number(n) for n in array.shape)
+        if (number := self._number(given)) is not None:
+            return bytes([SHARED]) + put_number(number)
+        held = weakref.ref(given) if isinstance(given, np.ndarray) else lambda: given  # a number
+        self.known[id(given)] = self.taken, held
+        self.taken += 1
+        array = np.asarray(given)
         if _small(array):
-            self.pooled.setdefault(form, []).append(raw if stored in WIDTH else raw.reshape(-1))
-            return head + bytes([POOLED])
-        return head + self.stream(_planes(raw) if stored in WIDTH else raw)
-
-    def stream(self, values: Array) -> bytes:
-        """Code integers; the codec and the length."""
-        codec, coded = self.ready.get(id(values)) or self._coded(values)
+            stored, raw = _narrowest(array)
+            self.pooled.setdefault(_form(array, stored), []).append(raw if stored in WIDTH else raw.reshape(-1))
+            return _array_header(array, stored) + bytes([POOLED])
+        head, coded = self.ready.get(id(array)) or self._coded(array)
         self.data += coded
-        return bytes([CODED.index(codec)]) + put_number(len(coded))
+        return head
 
-    def _coded(self, values: Array) -> tuple[str, bytes]:
-        return codecs.encode(values, self.coding.codecs, self.coding.prefer)
+    def _number(self, given: Array) -> int | None:
+        """The number of an array that was taken in; its id alone may be that of one that is gone."""
+        number, held = self.known.get(id(given), (0, lambda: None))
+        return number if held() is given else None
 
-    def pools(self) -> bytes:
-        """Code what has waited; the header of the pools."""
+    def _coded(self, array: Array) -> tuple[bytes, bytes]:
+        """An array's header and its stream."""
+        stored, raw = _narrowest(array)
+        head, coded = self._stream(_planes(raw) if stored in WIDTH else raw)
+        return _array_header(array, stored) + head, coded
+
+    def _stream(self, values: Array) -> tuple[bytes, bytes]:
+        """The codec and the length, and the bytes."""
+        codec, coded = codecs.encode(values, self.coding.codecs, self.coding.prefer)
+        return bytes([CODED.index(codec)]) + put_number(len(coded)), coded
+
+    def pools(self) -> tuple[bytes, bytes]:
+        """Code what has waited; the header of the pools, and its CRC-32."""
         begin, head = len(self.data), b""
         for _, parts in sorted(self.pooled.items()):
-            head += self.stream(_planes(np.concatenate(parts)))
-        return head + self.check(begin) if self.pooled else b""
+            own, coded = self._stream(_planes(np.concatenate(parts)))
+            head += own
+            self.data += coded
+        return head, self.check(begin)
 
     def check(self, begin: int) -> bytes:
-        """CRC-32 of what was coded since."""
-        return struct.pack("<I", zlib.crc32(memoryview(self.data)[begin:]))
+        """CRC-32 of what was coded since, if anything was."""
+        return struct.pack("<I", zlib.crc32(memoryview(self.data)[begin:])) if len(self.data) > begin else b""
 
 
-def _section_headers(sections: Mapping[str, Section], streams: _Streams) -> bytes:
+def _section_headers(sections: Mapping[str, Section], streams: _Streams) -> list[tuple[bytes, bytes]]:
     if len(sections) > SECTION_CAP:
         raise ValueError(f"a file has at most {SECTION_CAP} sections")
-    head = put_number(len(sections)) if sections else b""
+    heads = [(put_number(len(sections)) if sections else b"", b"")]
     for name, section in sections.items():
         text, coded = name.encode(), _deflated(section.data)
         if len(text) > NAME_CAP:
             raise ValueError(f"{name[:40]}...: a section's name has at most {NAME_CAP} bytes")
         flags = REQUIRED * section.required | DEFLATED * (len(coded) < len(section.data))
         coded = coded if flags & DEFLATED else section.data
-        head += put_number(len(text)) + text + bytes([flags]) + put_number(len(section.data))
-        head += put_number(len(coded)) + struct.pack("<I", zlib.crc32(coded))
+        head = put_number(len(text)) + text + bytes([flags]) + put_number(len(section.data)) + put_number(len(coded))
+        heads.append((head, struct.pack("<I", zlib.crc32(coded))))
         streams.data += coded
-    return head
+    return heads
 
 
-def _deflated(data: bytes | bytearray) -> bytes:
-    shrinker = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+def _deflated(data: bytes, dictionary: bytes = b"") -> bytes:
+    shrinker = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, dictionary)
     return shrinker.compress(data) + shrinker.flush()
 
 
@@ -201,7 +254,7 @@ def _small(array: Array) -> bool:
     return array.dtype.kind == "f" or bool((array != array.flat[0]).any())
 
 
-def _tensor_header(name: str, tensor: Tensor, streams: _Streams) -> bytes:
+def _tensor_header(name: str, tensor: Tensor, streams: _Streams) -> tuple[bytes, bytes]:
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: cannot store a tensor of type {tensor.dtype}; convert it or leave it out")
     if len(tensor.tree.shape) > RANK_CAP:
@@ -217,7 +270,7 @@ def _tensor_header(name: str, tensor: Tensor, streams: _Streams) -> bytes:
     head = bytes([DTYPES.index(tensor.dtype), NOTES.index(tensor.note)]) + struct.pack("<e", _bound(tensor.error))
     begin = len(streams.data)
     head += _value_header(tensor.tree if packed else tensor.unpack(), streams)
-    return head + streams.check(begin) if len(streams.data) > begin else head
+    return head, streams.check(begin)
 
 
 def _bound(error: float | None) -> np.float16:
@@ -239,7 +292,15 @@ def _value_header(value: Any, streams: _Streams) -> bytes:
     if isinstance(value, Packed):
         parts = (_value_header(getattr(value, name), streams) for name in parts_of(type(value)))
         return bytes([NODE + list(NODES).index(type(value).__name__)]) + b"".join(parts)
-    return streams.array(np.asarray(value))
+    return streams.array(value)
+
+
+def _array_header(array: Array, stored: str) -> bytes:
+    return bytes([ARRAY, _form(array, stored), array.ndim]) + b"".join(put_number(n) for n in array.shape)
+
+
+def _form(array: Array, stored: str) -> int:
+    return FORMATS.index((str(array.dtype), stored))
 
 
 def _planes(raw: Array) -> Array:
@@ -248,7 +309,12 @@ def _planes(raw: Array) -> Array:
 
 
 def _narrowest(array: Array) -> tuple[str, Array]:
-    """The narrowest type that keeps every bit of a float array, and its little-endian raw bytes [values, width]."""
+    """The narrowest type that keeps every bit of a float array, and its little-endian raw bytes [values, width].
+
+    Other arrays are what they are.
+    """
+    if array.dtype.kind != "f":
+        return str(array.dtype), array
     flat = np.ascontiguousarray(array).reshape(-1)
     stored, raw = str(flat.dtype), flat.astype(flat.dtype.newbyteorder("<"))
     if flat.dtype == np.float32:

@@ -1,6 +1,7 @@
 """Integers to bytes and back. `CODECS` is the closed table of what a file may name; a codec's number is its place."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from tersenet.codecs.context import Context
 from tersenet.codecs.filters import Gaps, Runs
 from tersenet.codecs.huffman import Huffman
 from tersenet.codecs.rans import Rans, RansPairs
-from tersenet.codecs.stream import Codec, FormatError, Ints, Unsuited
+from tersenet.codecs.stream import Codec, FormatError, Ints, Unsuited, spread
 
 __all__ = ["CODECS", "DEFAULT", "Codec", "FormatError", "encode"]
 
@@ -31,22 +32,24 @@ CODECS: dict[str, Codec] = {
     "zstd": universal.ZSTD,
 }
 DEFAULT = tuple(name for name in CODECS if name != "zstd")  # what NumPy and the standard library can read
-SLOW_FROM = 1 << 20  # arrays this long are tried on a part first
+SHORT, LONGEST = 1 << 12, 1 << 15  # longer arrays are tried on a part first, of at least and at most so many integers
+NEAR = 1.01  # codecs within so much of the smallest are left then,
+TABLES = 128  # and so many bytes more for tables and learning, which cost less in the whole
+GENERAL = ("deflate", "bzip2", "lzma", "zstd")  # slow, with little to learn: left only where they are smallest already
 SLACK = 1.05  # "speed" may cost five per cent over the smallest
 
 
 def encode(values: Ints, codecs: Iterable[str] = DEFAULT, prefer: str = "size") -> tuple[str, bytes]:
     """The integers in the codec that makes them smallest, or, with `prefer="speed"`, in the fastest within 5 % of that.
 
-    Returns the codec's name and the bytes. Ties go to the earlier codec in the table. Arrays of over a million
-    integers are tried on a quarter of a million of them, and only the three most promising codecs see the whole.
+    Returns the codec's name and the bytes. Ties go to the earlier codec in the table. Arrays of over 4096 integers are
+    tried on a part, from all over the array, and those codecs that come near the best there see the whole.
     """
     names = [name for name in CODECS if name in set(codecs)] or ["bits"]
-    if values.size > SLOW_FROM:
-        part = values.reshape(-1)[: SLOW_FROM // 4] if values.ndim < 2 else values[: max(1, len(values) // 4)]
-        tried = sorted(_tried(part, names).items(), key=lambda item: len(item[1]))
-        names = [name for name in names if name in dict(tried[:3])] or ["bits"]
-    coded = _tried(values, names)
+    left = names
+    if values.size > SHORT and len(names) > 2:
+        left = _promising(values, names, SLACK if prefer == "speed" else NEAR)
+    coded = _tried(values, left) or _tried(values, names)  # the whole may hold what the part does not
     if not coded:
         return "bits", CODECS["bits"].encode(values)
     best = min(coded, key=lambda name: len(coded[name]))
@@ -54,6 +57,17 @@ def encode(values: Ints, codecs: Iterable[str] = DEFAULT, prefer: str = "size") 
         near = [name for name in coded if len(coded[name]) <= SLACK * len(coded[best]) + 16]
         best = max(near, key=lambda name: CODECS[name].pace)
     return best, coded[best]
+
+
+def _promising(values: Ints, names: Sequence[str], slack: float) -> list[str]:
+    """The codecs that may be smallest, or near that, by what they make of a part."""
+    part = spread(values, min(max(SHORT, values.size // 8), LONGEST))
+    sizes = {name: len(data) for name, data in _tried(part, [name for name in names if name != "bzip2"]).items()}
+    least = min((size for name, size in sizes.items() if name not in GENERAL), default=math.inf)
+    if "bzip2" in names and sizes.get("deflate", 0) <= NEAR * min(sizes.values(), default=0):  # strings occur again
+        sizes |= {name: len(data) for name, data in _tried(part, ["bzip2"]).items()}
+    most = slack * min(sizes.values(), default=0) + TABLES
+    return [name for name in names if sizes.get(name, math.inf) <= (min(most, least) if name in GENERAL else most)]
 
 
 def _tried(values: Ints, names: Iterable[str]) -> dict[str, bytes]:

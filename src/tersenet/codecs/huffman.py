@@ -19,24 +19,32 @@ LONGEST = 15
 ALPHABET = 4096
 
 
-def code_lengths(counts: Sequence[int]) -> NDArray[np.uint8]:
+def code_lengths(counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
     """Code length of every symbol (0 where its count is 0), at most 15 bits, with the least total cost.
 
     >>> code_lengths([5, 1, 1, 0, 3]).tolist()
     [1, 3, 3, 0, 2]
     """
-    leaves = sorted((count, (symbol,)) for symbol, count in enumerate(counts) if count)
-    lengths = np.zeros(len(counts), np.uint8)
-    if len(leaves) == 1:
-        lengths[leaves[0][1][0]] = 1
+    counted = np.asarray(counts, np.int64)
+    lengths = np.zeros(len(counted), np.uint8)
+    symbols = counted.nonzero()[0]
+    symbols = symbols[np.argsort(counted[symbols], kind="stable")]
+    if len(symbols) == 1:
+        lengths[symbols[0]] = 1
         return lengths
-    merged: list[tuple[int, tuple[int, ...]]] = []
-    for _ in range(LONGEST):
-        pairs = [(a[0] + b[0], a[1] + b[1]) for a, b in zip(merged[::2], merged[1::2], strict=False)]
-        merged = sorted(leaves + pairs, key=lambda item: item[0])
-    for _, symbols in merged[: 2 * len(leaves) - 2]:
-        for symbol in symbols:
-            lengths[symbol] += 1
+    leaves = counted[symbols]
+    merged, orders = leaves, list[NDArray[np.int64]]()
+    for _ in range(LONGEST - 1):
+        pairs = merged[: len(merged) // 2 * 2].reshape(-1, 2).sum(1)
+        merged = np.concatenate([leaves, pairs])
+        orders.append(np.argsort(merged, kind="stable"))
+        merged = merged[orders[-1]]
+    taken = 2 * len(leaves) - 2  # of the last list; each pair among them takes two of the list before
+    for order in reversed(orders):
+        here = int((order[:taken] < len(leaves)).sum())
+        lengths[symbols[:here]] += 1
+        taken = 2 * (taken - here)
+    lengths[symbols[:taken]] += 1
     return lengths
 
 
@@ -49,13 +57,13 @@ def canonical_codes(lengths: NDArray[np.uint8]) -> NDArray[np.uint32]:
     kraft = int((1 << (LONGEST - lengths[present].astype(np.int64))).sum())
     if kraft != 1 << LONGEST and not (len(present) == 1 and lengths[present[0]] == 1):
         raise FormatError("Huffman code lengths do not make a complete code")
+    order = present[np.argsort(lengths[present], kind="stable")]
+    length = lengths[order].astype(np.uint32)
+    share = np.uint32(1) << (LONGEST - length)
+    code = np.cumsum(share, dtype=np.uint32) - share  # from the first of LONGEST bits on
     codes = np.zeros(len(lengths), np.uint32)
-    code = last = 0
-    for symbol in present[np.argsort(lengths[present], kind="stable")]:
-        length = int(lengths[symbol])
-        code <<= length - last
-        codes[symbol] = int(f"{code:0{length}b}"[::-1], 2)
-        code, last = code + 1, length
+    for bit in range(LONGEST):
+        codes[order] |= (code >> np.uint32(LONGEST - 1 - bit) & 1) << np.uint32(bit)
     return codes
 
 
@@ -118,7 +126,7 @@ def encode_table(symbols: NDArray[np.int32]) -> bytes:
     """Code lengths and stream of symbols from 0 up; raises `Unsuited` for more than 4096 of them."""
     if symbols.size and int(symbols.max()) >= ALPHABET:
         raise Unsuited("too many symbols for a Huffman code")
-    lengths = code_lengths(np.bincount(symbols).tolist())
+    lengths = code_lengths(np.bincount(symbols))
     return put_lengths(lengths) + encode_symbols(symbols, lengths)
 
 

@@ -97,15 +97,44 @@ def unzigzag(value: int) -> int:
     return -(value + 1) // 2 if value & 1 else value // 2
 
 
-def flat32(values: Ints, alphabet: int = 1 << 30) -> tuple[NDArray[np.int32], int, int]:
-    """The values as flat int32, with their lowest and highest; raises `Unsuited` where they span over `alphabet`."""
-    flat = np.ascontiguousarray(values).reshape(-1)
-    if flat.size == 0:
+def flat(values: Ints, alphabet: int = 1 << 30) -> tuple[Ints, int, int]:
+    """The flat values with their lowest and highest; raises `Unsuited` where they span over `alphabet` or 30 bits."""
+    found = np.ascontiguousarray(values).reshape(-1)
+    if found.size == 0:
         raise Unsuited("nothing to code")
-    low, high = int(flat.min()), int(flat.max())
+    low, high = int(found.min()), int(found.max())
     if high - low >= alphabet or not (low > -(1 << 30) and high < 1 << 30):
         raise Unsuited(f"values span {low}..{high}")
-    return flat.astype(np.int32), low, high
+    return found, low, high
+
+
+def flat32(values: Ints, alphabet: int = 1 << 30) -> tuple[NDArray[np.int32], int, int]:
+    """The same as int32."""
+    found, low, high = flat(values, alphabet)
+    return found.astype(np.int32), low, high
+
+
+def offsets8(values: Ints, low: int) -> NDArray[np.uint8]:
+    """Flat values less their lowest, where these differ by less than 256."""
+    return values.astype(np.uint8) - np.uint8(low & 255)
+
+
+def spread(values: Ints, most: int) -> Ints:
+    """About `most` integers of an array, or all of a smaller one: eight runs of rows from all over it.
+
+    Arrays are not alike from end to end. One axis is taken for rows of 1024 where that comes out even, as the context
+    coder does, and else for integers.
+    """
+    if values.size <= most:
+        return values
+    rows = values.reshape([n for n in values.shape if n != 1])
+    if rows.ndim == 1 and len(rows) % 1024 == 0:
+        rows = rows.reshape(-1, 1024)
+    kept = max(1, len(rows) * most // values.size)
+    run = kept // 8 | 1  # odd, so that integers of one row are no multiple of 1024
+    starts = [k * len(rows) // (kept // run) for k in range(kept // run)]
+    found: Ints = np.concatenate([rows[start : start + run] for start in starts])
+    return found
 
 
 def shaped(values: Ints, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:

@@ -15,9 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from tersenet.codecs.stream import FormatError, Ints, Reader, flat32, put_number, shaped, unzigzag, zigzag
+from tersenet.codecs import literals
+from tersenet.codecs.stream import (
+    FormatError,
+    Ints,
+    Reader,
+    flat,
+    offsets8,
+    put_number,
+    shaped,
+    spread,
+    unzigzag,
+    zigzag,
+)
 
-LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 23}]
+DICTIONARY = 1 << 23  # bytes that LZMA's strings may lie back
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": DICTIONARY}]
+LOOK, FEWER = 1 << 14, 0.97  # strings occur again where deflate makes so much less of so many bytes than literals take
 
 
 def _deflate(data: bytes) -> bytes:
@@ -42,7 +56,16 @@ def _bzip2(data: bytes, size: int) -> bytes:
 
 
 def _lzma(data: bytes) -> bytes:
-    return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    """Literals alone or, where strings occur again, what is smaller: the match finder is ten times slower."""
+    part = spread(np.frombuffer(data, np.uint8), LOOK).tobytes()
+    sizes = {context: len(literals.encode(part, context)) for context in (0, 4)}
+    context = min(sizes, key=sizes.__getitem__)
+    plain = literals.encode(data, context)
+    if len(_deflate(part)) > FEWER * sizes[context]:
+        return plain
+    reach = min(DICTIONARY, max(1 << 12, 1 << (len(data) - 1).bit_length()))  # no more tables than are needed
+    matched = lzma.compress(data, lzma.FORMAT_RAW, filters=[LZMA_FILTERS[0] | {"dict_size": reach}])
+    return min(plain, matched, key=len)
 
 
 def _unlzma(data: bytes, size: int) -> bytes:
@@ -85,10 +108,9 @@ class Universal:
     pace: int
 
     def encode(self, values: Ints) -> bytes:
-        flat, low, high = flat32(values)
-        offset = flat - np.int32(low)
+        integers, low, high = flat(values)
         width = 0 if high - low < 16 else ((high - low).bit_length() + 7) // 8
-        return put_number(zigzag(low)) + bytes([width]) + self.compress(_to_bytes(offset, width))
+        return put_number(zigzag(low)) + bytes([width]) + self.compress(_to_bytes(integers, low, width))
 
     def decode(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> Ints:
         reader, count = Reader(data), math.prod(shape)
@@ -105,14 +127,15 @@ class Universal:
         return shaped(_from_bytes(plain, width, count) + low, shape, dtype)
 
 
-def _to_bytes(offset: Ints, width: int) -> bytes:
-    if width == 0:
-        nibbles = np.append(offset, np.zeros(offset.size % 2, offset.dtype)).astype(np.uint8)
-        return (nibbles[::2] | nibbles[1::2] << 4).tobytes()
-    planes = offset.astype("<u4").view(np.uint8).reshape(-1, 4)[:, width - 1 :: -1] if width < 4 else None
-    if planes is None:
-        planes = offset.astype("<u4").view(np.uint8).reshape(-1, 4)[:, ::-1]
-    return np.ascontiguousarray(planes.T).tobytes()
+def _to_bytes(integers: Ints, low: int, width: int) -> bytes:
+    if width > 1:
+        offset = integers.astype(np.int32) - np.int32(low)
+        return b"".join((offset >> 8 * plane).astype(np.uint8).tobytes() for plane in reversed(range(width)))
+    small = offsets8(integers, low)
+    if width == 1:
+        return small.tobytes()
+    nibbles = np.append(small, np.zeros(small.size % 2, np.uint8))
+    return (nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8).tobytes()
 
 
 def _from_bytes(plain: bytes, width: int, count: int) -> Ints:

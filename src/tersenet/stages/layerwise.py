@@ -20,7 +20,7 @@ from tersenet.draft import Draft, dense_array
 from tersenet.methods import Method
 from tersenet.methods.surgeon import damped
 from tersenet.packed import Packed
-from tersenet.stages.finetune import tune
+from tersenet.stages.finetune import Distill, tune
 from tersenet.stages.pack import made_by, methods_of, refused_by, repacked
 from tersenet.task import Task, one_thread, progress
 from tersenet.tracing.operations import Watch
@@ -35,8 +35,9 @@ class Layerwise:
     """Pack each weight with `method`, or with that of a rule, in the order in which the network uses them.
 
     Each is first fitted to the inputs that the packed layers before it give. Or, with `tune`, all that is not packed
-    yet is trained for so many epochs after each layer, at a hundredth of the task's learning rate. Weights that the
-    network does not use come last.
+    yet is trained for so many epochs after each layer, at a hundredth of the task's learning rate. With `distill` what
+    was packed last is trained by itself after each layer (Stock et al. 2020). Weights that the network does not use
+    come last.
     """
 
     method: Method | None
@@ -44,6 +45,7 @@ class Layerwise:
     tune: int = 0
     samples: int = 1024
     seed: int = 0
+    distill: Distill | None = None
     requires: ClassVar[Mapping[Kind, str]] = {DATA: "runs the network: give a Task with training data"}
 
     @property
@@ -65,7 +67,10 @@ class Layerwise:
             draft = repacked(draft, task, {name: choices[name]}, self.samples, self.seed)
             if self.tune and k + 1 < len(names):
                 draft = self._tuned(draft, task, name)
-        return draft
+            if self.distill is not None and choices[name][1] is not None:
+                draft = self._distilled(draft, task, name, self.distill)
+        vectors = {name: choice for name, choice in choices.items() if name not in names}
+        return repacked(draft, task, vectors, self.samples, self.seed)
 
     def _tuned(self, draft: Draft, task: Task, name: str) -> Draft:
         """The draft with all that is not packed tuned."""
@@ -75,6 +80,14 @@ class Layerwise:
             return draft
         free = replace(draft, trainable=frozenset(dense))
         tuned = tune(free, task, schedule, range(self.tune), self.seed, f"tuning after {name}")
+        return replace(tuned, trainable=draft.trainable)
+
+    def _distilled(self, draft: Draft, task: Task, name: str, distill: Distill) -> Draft:
+        """The draft with what a packed weight leaves free tuned, and nothing else."""
+        if not isinstance(draft.tensors[name].tree, Packed):
+            return draft
+        own = frozenset(n for n in draft.trainable if draft.tensors[n] is draft.tensors[name])
+        tuned = distill.tuned(replace(draft, trainable=own), task, f"distilling {name}")
         return replace(tuned, trainable=draft.trainable)
 
 

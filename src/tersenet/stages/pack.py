@@ -7,8 +7,8 @@ import numpy as np
 
 from tersenet.artifact import Tensor
 from tersenet.contract import PACKED, Kind, check
-from tersenet.draft import Draft, precise, round_leaves
-from tersenet.methods import Method
+from tersenet.draft import PRECISION, Draft, precise, round_leaves
+from tersenet.methods import STATISTICS, Method
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import (
     Array,
@@ -20,13 +20,14 @@ from tersenet.packed import (
     check_tree,
     check_tree_values,
     float_leaves,
+    is_integer,
     map_arrays,
     unpack,
 )
 from tersenet.statistics import packed, statistics
-from tersenet.structure import is_plain, refilled
+from tersenet.structure import is_plain, once, refilled
 from tersenet.task import Task
-from tersenet.where import Where, chosen
+from tersenet.where import Where, chosen_with_vectors, vectors
 
 NO_GAIN = "dense: smaller than its codebook"
 LEFT_OUT = "dense: left out by the recipe"
@@ -37,6 +38,8 @@ UNSEEN = "dense: no result depends on it, so what its method needs is not known"
 class Pack:
     """Rewrite the float leaves of each weight with `method`, or with that of a rule, e.g. (("conv*", KMeans(8)),).
 
+    Biases and norms are packed by rules that fit no weight, e.g. ("*.bias", Uniform(6)) or ("kind:norm", Uniform(8)),
+    and all others of them by `vectors`.
     None leaves a weight alone, and so does packing that would not make a tensor smaller (its floats are as many as
     before). Methods get the statistics that they need from `samples` training inputs. Where `method` is None, what the
     rules pack is decided: no later stage changes it.
@@ -46,6 +49,7 @@ class Pack:
     rules: tuple[tuple[Where | str, Method | None], ...] = ()
     samples: int = 1024
     seed: int = 0
+    vectors: Method | None = None
 
     @property
     def makes(self) -> tuple[Kind, ...]:
@@ -59,14 +63,18 @@ class Pack:
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
-        after = repacked(draft, task, methods_of(draft, self.method, self.rules), self.samples, self.seed)
+        choices = methods_of(draft, self.method, self.rules)
+        if self.vectors is not None:
+            choices = dict.fromkeys(vectors(draft), ("", self.vectors)) | dict(choices)
+        after = repacked(draft, task, choices, self.samples, self.seed)
         return after if self.method is not None else _decided(draft, after)
 
 
 def _decided(before: Draft, after: Draft) -> Draft:
     """The draft whose packed weights no later stage changes; their floats are rounded as far as that is harmless."""
     names = [n for n in after.rules if after.tensors[n].tree is not before.tensors[n].tree]
-    rounded = after.with_trees({n: map_arrays(after.tensors[n].tree, _precise) for n in names})
+    precisely = once(_precise)
+    rounded = after.with_trees({n: map_arrays(after.tensors[n].tree, precisely) for n in names})
     return rounded.leaving({n: after.rules[n] for n in names})
 
 
@@ -91,13 +99,16 @@ def refused_by(method: Method | None, rules: Sequence[object]) -> Mapping[Kind, 
 
 
 def methods_of(draft: Draft, method: Method | None, rules: tuple[tuple[Where | str, Method | None], ...]) -> Choices:
-    """By which method each weight is to be packed, and by which rule ("" where none decides)."""
-    return dict.fromkeys(draft.weights(), ("", method)) | chosen(draft, rules)
+    """By which method each weight, and vector that a rule names, is to be packed, by which rule ("" for none)."""
+    return dict.fromkeys(draft.weights(), ("", method)) | chosen_with_vectors(draft, rules)
 
 
 def repacked(draft: Draft, task: Task | None, choices: Choices, samples: int, seed: int) -> Draft:
     """The draft with weights packed as chosen; why one stays dense is noted."""
     methods = {name: method for name, (_, method) in choices.items() if method is not None}
+    for name, method in methods.items():
+        if method.needs and len(draft.tensors[name].tree.shape) < 2:
+            raise ValueError(f"{name}: {method} needs the {STATISTICS[method.needs[0]]}, which a vector has none of")
     known = statistics(draft, task, methods, samples, seed)
     trees, notes = dict[str, Tree](), dict[str, str]()
     for name, (rule, _) in choices.items():
@@ -137,7 +148,8 @@ def _floats(tree: Tree) -> int:
 class Narrow:
     """Round trainable float leaves (codewords, biases, norms) to "float16" or "bfloat16"; buffers keep every bit.
 
-    A vector, as of biases or a norm's gains, stays as it is where one of its values would lose the type's precision.
+    A vector, as of biases or a norm's gains, stays as it is where one of its values would lose the type's precision,
+    and any other leaf where its largest values would: a step of 1e-9 is 0 in half precision.
     """
 
     dtype: str = "float16"
@@ -147,13 +159,20 @@ class Narrow:
             raise ValueError("Narrow takes float16 or bfloat16")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
-        renewed: dict[int, Tensor] = {}
+        renewed, rounded = dict[int, Tensor](), once(self._rounded)
         for name, tensor in draft.tensors.items():
             if name in draft.trainable and tensor.dtype == "float32":
-                tree = round_leaves(tensor.tree, self.dtype)
+                tree = map_arrays(tensor.tree, rounded)
                 if len(tensor.tree.shape) < 2 and is_plain(tensor.tree):
                     tree = refilled(tensor.tree, precise(unpack(tensor.tree), self.dtype))
                 if not all(np.isfinite(np.asarray(leaf)).all() for leaf in float_leaves(tree).values()):
                     raise ValueError(f"{name}: values too large for {self.dtype}; use bfloat16 or leave Narrow out")
                 renewed.setdefault(id(tensor), replace(tensor, tree=tree))
         return replace(draft, tensors={n: renewed.get(id(t), t) for n, t in draft.tensors.items()})
+
+    def _rounded(self, path: str, array: Array) -> Array:
+        rounded = np.asarray(round_leaves(array, self.dtype))
+        if not rounded.size or is_integer(array) or not np.isfinite(rounded).all():
+            return rounded
+        lost = np.abs(rounded - array).max()
+        return array if lost > PRECISION[self.dtype] * np.abs(array).max() else rounded

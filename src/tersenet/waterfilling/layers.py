@@ -31,8 +31,9 @@ from tersenet.waterfilling.knowledge import Halves, Knowledge
 from tersenet.waterfilling.lossless import Lossless, entropy
 
 FEW = 16  # tensors with fewer weights stay floats
-VECTORS = 0.5  # where vectors hold more of a network's numbers than this, they are quantized too, and finely:
-FINER = 4.0  # so many times finer than weights of equal size
+VECTORS = 0.5  # where vectors hold more of a network's numbers than this, they are layers themselves
+FINER = 4.0  # vectors without moments are quantized so many times finer than weights of equal size
+LEVELS = 1 << 9  # of a vector without moments, on either side of zero; one that asks for more stays floats
 PRUNED = 0.3  # where so many weights are zero, zeros stay zero
 SKETCH = 1 << 12  # weights of a layer that are looked at to guess a step
 LARGEST = 1e37  # weights beyond it are not quantized: a level more would be infinite
@@ -120,12 +121,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Waterfilling:
-    """All that does not depend on c: layers with their metrics, biases with the step that one unit of c gives."""
+    """All that does not depend on c: layers with their metrics, biases with the step that one unit of c gives.
+
+    Of what is known without moments, `vectors` have such steps too.
+    """
 
     draft: Draft
     layers: list[Layer]
     shifts: dict[str, float] = field(default_factory=dict)
     lossless: Mapping[str, Lossless] = field(default_factory=dict)
+    vectors: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -159,13 +164,15 @@ class Waterfilling:
                 mean = sum(mean_diagonal(half.outputs) for half in one) / 2
                 sensitivity = knowledge.sensitivity.get(layer.name, 1.0)
                 shifts[layer.bias] = 0.5 / math.sqrt((1 + damping.rows) * sensitivity * mean) if mean > 0 else 0.0
-        done = {layer.name for layer in layers} | set(shifts)
+        blind = not any(halves.values())  # else c is in another unit, and of other vectors no unit is known
+        free = _steps(draft, {layer.name for layer in layers}) if blind else {}
+        done = {layer.name for layer in layers} | set(shifts) | set(free)
         for name in sorted(draft.trainable & set(draft.tensors)):
             tree, size = draft.tensors[name].tree, math.prod(draft.tensors[name].tree.shape)
             few = len(tree.shape) < 2 or size < FEW
             if few and not isinstance(tree, Packed) and draft.tensors[name].dtype == "float32" and name not in done:
                 trees[name] = precise(tree)
-        return Waterfilling(draft.with_trees(trees), layers, shifts, knowledge.lossless)
+        return Waterfilling(draft.with_trees(trees), layers, shifts, knowledge.lossless, free)
 
     @property
     def unit(self) -> float:
@@ -210,6 +217,11 @@ class Waterfilling:
             if not isinstance(tree, Packed) and not isinstance(before, Packed):
                 tree = np.asarray(tree).astype(np.asarray(before).dtype)
             trees[name] = placed(tree, kept, before.shape)
+        for name, step in self.vectors.items():
+            tensor = self.draft.tensors[name]
+            tree = rounded(dense_array(tensor).astype(np.float64), c * step, LEVELS)
+            if isinstance(tree, Packed) or tensor.dtype == "float32":  # floats of other types are as they were
+                trees[name] = tree
         return trees
 
     @staticmethod
@@ -247,13 +259,24 @@ class Packing(NamedTuple):
     cost: float
 
 
-def rounded(values: Array, step: float) -> Tree:
-    """Values at multiples of a step, or as floats where there is no step or it is far too fine."""
+def rounded(values: Array, step: float, most: int = 1 << 22) -> Tree:
+    """Values at multiples of a step, or as floats where there is no step or `most` levels are too few."""
     step = float(np.float32(step))
     q = np.rint(values / step) if step > 0 else np.full(values.shape, np.inf)
-    if not np.abs(q).max(initial=0) < 1 << 22:
+    if not np.abs(q).max(initial=0) < most:
         return precise(values)
     return Uniform(narrowed(q.astype(np.int32)), np.array(step, np.float32))
+
+
+def _steps(draft: Draft, done: set[str]) -> dict[str, float]:
+    """Steps at c = 1 of vectors of which nothing is known but their values; few values stay floats."""
+    found: dict[int, tuple[str, float]] = {}
+    for name in sorted((draft.trainable & set(draft.tensors)) - done):
+        tensor = draft.tensors[name]
+        fits = len(tensor.tree.shape) == 1 and tensor.tree.shape[0] >= FEW and not isinstance(tensor.tree, Packed)
+        if fits and (w := dense_array(tensor).astype(np.float64)).any():
+            found.setdefault(id(tensor), (name, 1 / (FINER * float(prior(w[None]).rows[0]))))
+    return dict(found.values())
 
 
 def _vectors(draft: Draft) -> list[Layer]:

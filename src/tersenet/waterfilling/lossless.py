@@ -10,7 +10,7 @@ from tersenet.methods.exact import exact
 from tersenet.packed import Array, Packed, Tree
 from tersenet.structure import placed, unsliced
 
-TABLE, FILE = 256, 400  # bits that a plane of bytes takes beside its entropy, and a file beside its arrays
+TABLE, FILE = 256, 220  # bits that a plane of bytes takes beside its entropy, and a file beside its arrays
 BITS = Coding(("bits", "trits", "gaps", "context", "deflate"))
 
 
