@@ -236,3 +236,15 @@ def test_digests_do_not_depend_on_the_file(tmp_path):
     torch.save(state, tmp_path / "w.pt")
     found = {digest(network(tmp_path / name).tensors) for name in ("w.safetensors", "w.pt")}
     assert len(found) == 1 and re.fullmatch("[0-9a-f]{64}", found.pop())
+
+
+def test_networks_whose_trees_are_made_when_they_are_read_give_the_same_update_and_take_it(monkeypatch, tmp_path):
+    books = [trees()["Codebook"], trees()["Codebook"]]
+    books[1] = replace(books[1], codewords=books[0].codewords)
+    common = {f"w{k}": Tensor(tree) for k, tree in enumerate(books)}
+    old, new = (Artifact(common | {n: Tensor(floats(60, 50, seed=s + k)) for k, n in enumerate("abc")}) for s in (0, 3))
+    update, files = diff(old, new), (old.to_bytes(), new.to_bytes())
+    monkeypatch.setattr("tersenet.container.GROUP", -1)
+    lazy = [load(file) for file in files]
+    assert diff(*lazy).to_bytes() == update.to_bytes()
+    assert patch(lazy[0], reopened(update, tmp_path)).to_bytes() == files[1]

@@ -2,11 +2,14 @@
 
 import copy
 import itertools
-from dataclasses import replace
+import weakref
+from dataclasses import fields, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from conftest import floats
 from test_stages import Net, make_task
 from torch import nn
 
@@ -15,7 +18,7 @@ from tersenet.allocators.lagrange import Lagrange, Option, step_within
 from tersenet.artifact import Artifact, load, relative_error
 from tersenet.budget import Budget, PromiseBroken
 from tersenet.calibrate import moments
-from tersenet.draft import Draft, artifact_of
+from tersenet.draft import QUICK, Draft, artifact_of
 from tersenet.folding import folded
 from tersenet.likelihood import Likelihood
 from tersenet.methods.shrinkage import shrunk
@@ -25,7 +28,7 @@ from tersenet.promise import compress, output_errors
 from tersenet.stages.prune import Prune
 from tersenet.waterfilling.knowledge import Knowledge
 from tersenet.waterfilling.layers import Waterfilling, rounded
-from tersenet.waterfilling.search import to_size
+from tersenet.waterfilling.search import Search, to_size
 from tersenet.waterfilling.sensitivity import with_sensitivities
 
 
@@ -295,6 +298,28 @@ def test_fine_steps_keep_their_levels():
     values = np.linspace(-1, 1, 9)
     tree = rounded(values, 1e-5)
     assert isinstance(tree, Uniform) and np.abs(tree.unpack() - values).max() <= 0.51e-5
+
+
+def test_the_search_for_a_size_holds_one_draft_beside_the_one_it_makes():
+    class Counted(Waterfilling):
+        made: ClassVar = []
+        most = 0
+
+        def at(self, c, rate=0.5):
+            found = super().at(c, rate)
+            Counted.made.append(weakref.ref(found))
+            Counted.most = max(Counted.most, sum(one() is not None for one in Counted.made))
+            return found
+
+    draft = Draft.of_arrays({f"w{k}": floats(40, 60, seed=k) for k in range(3)})
+    plain = Waterfilling.of(Knowledge.of(draft, None), aware=False)
+    counted = Counted(**{f.name: getattr(plain, f.name) for f in fields(plain)})
+    search = Search.of(3000, QUICK, draft.journal)
+    found, size = search.finest(counted, 0.0, "small", used=0.9999, tries=8)
+    assert len(Counted.made) > 3 and Counted.most <= 2
+    assert artifact_of(found, QUICK).nbytes <= size <= 3000
+    again = artifact_of(plain.at(search.c, 0.0), QUICK)
+    assert artifact_of(found, QUICK).to_bytes() == again.to_bytes()
 
 
 def test_vectors_of_which_nothing_is_known_are_quantized_where_the_size_is_small_and_stay_floats_where_it_is_not():

@@ -4,9 +4,12 @@ The ledger accounts for every byte.
 """
 
 import contextlib
+import functools
+import io
 import math
 import sys
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,25 +19,37 @@ import numpy as np
 from tersenet.codecs.stream import FormatError
 from tersenet.container import (
     CODED,
-    DTYPES,
     FLOATS,
     FORMATS,
     POOLED,
     SMALL,
-    STAND_IN,
     Coding,
     Section,
     Tensor,
     as_type,
+    at_hand,
+    groups,
+    is_large,
 )
-from tersenet.decoding import decoded, sections_of
-from tersenet.header import UPDATE, File, Header, Memory, Source
+from tersenet.decoding import Opened, decoded, sections_of
+from tersenet.deferred import Deferred
+from tersenet.dense import as_stored, numbers, place, relative_error, same
+from tersenet.header import UPDATE, File, Header, Memory, Source, checked
 from tersenet.packed import Array, Packed, Tree
-from tersenet.replacing import write_atomically
-from tersenet.writing import write
+from tersenet.replacing import scratch, write_atomically
+from tersenet.writing import pieces, write, written
 
-CHUNK = 1 << 20  # values that are compared at a time
-__all__ = ["FLOATS", "Artifact", "Coding", "FormatError", "Section", "Tensor", "load"]
+__all__ = [
+    "FLOATS",
+    "Artifact",
+    "Coding",
+    "FormatError",
+    "Section",
+    "Tensor",
+    "as_stored",
+    "load",
+    "relative_error",
+]
 
 
 class LedgerRow(NamedTuple):
@@ -57,10 +72,11 @@ class LedgerRow(NamedTuple):
 
 
 @dataclass
-class Artifact:
+class Artifact(Mapping[str, Tree]):
     """The tensors of one network by name, and the file they make. Two names of one `Tensor` object are stored once.
 
-    `sections` are named bytes that travel beside the tensors, such as a graph.
+    A mapping of names to trees. Those of a large file are decoded when they are asked for and kept while someone holds
+    them (`load`). `sections` are named bytes that travel beside the tensors, such as a graph.
 
     >>> artifact = Artifact({"w": Tensor(np.ones(1000, np.float32))})
     >>> artifact.nbytes < 70
@@ -71,18 +87,57 @@ class Artifact:
     coding: Coding = field(default_factory=Coding)
     meta: dict[str, Any] = field(default_factory=dict)
     sections: dict[str, Section] = field(default_factory=dict)
-    _bytes: bytes | None = field(default=None, init=False, repr=False, compare=False)
+    _source: Source | None = field(default=None, init=False, repr=False, compare=False)  # the file, once there is one
+
+    @staticmethod
+    def of_arrays(state: Mapping[str, Array]) -> "Artifact":
+        """Every NumPy array or torch tensor bit for bit; names of one array are tied. Not for training or packing.
+
+        Nothing is copied: each is looked up again when the file is written or its tree read, so a mapping that reads
+        a checkpoint tensor by tensor is never in memory as a whole. Raises ValueError as `as_stored` does.
+        """
+        tensors, seen = dict[str, Tensor](), dict[Any, tuple[Any, str]]()
+        for name in state:
+            value = state[name]
+            array, kind = as_stored(name, value)
+            other, first = seen.get(place(value), (lambda: None, name))
+            if other() is not None:  # else its place in memory was free again, and says nothing
+                tensors[name] = tensors[first]
+                continue
+            tensors[name] = Tensor(Deferred(array.shape, functools.partial(_stored, state, name)), kind)
+            if place(value) is not None:
+                seen[place(value)] = weakref.ref(value), name
+        return Artifact(tensors)
 
     def __getitem__(self, name: str) -> Tree:
         return self.tensors[name].tree
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def check(self) -> None:
+        """Raises `FormatError` unless every tensor can be decoded; holds some at a time of a large file."""
+        for _ in groups(self.tensors):
+            pass
+
     def unpack(self) -> dict[str, Array]:
         """Every tensor as a dense NumPy array; tied names share one array."""
-        dense: dict[int, Array] = {}
-        for tensor in self.tensors.values():
-            if id(tensor) not in dense:
-                dense[id(tensor)] = tensor.unpack()
-        return {name: dense[id(tensor)] for name, tensor in self.tensors.items()}
+        return self._each(Tensor.unpack)
+
+    def _each(self, convert: Callable[[Tensor], Any]) -> dict[str, Any]:
+        """What every tensor is converted to; tied names share one."""
+        made: dict[int, Any] = {}
+        for group in groups(self.tensors):
+            for tensor in group.values():
+                if id(tensor) not in made:
+                    made[id(tensor)] = convert(tensor)
+        return {name: made[id(tensor)] for name, tensor in self.tensors.items()}
 
     def into(self, module: Any) -> Any:
         """Load the tensors into a torch module of the same architecture and return it.
@@ -104,90 +159,117 @@ class Artifact:
         """
         from tersenet.realise import realise
 
-        return realise(module, self.tensors)
+        return realise(module, at_hand(self.tensors))
 
     def state_dict(self) -> dict[str, Any]:
         """Every tensor as a new torch tensor of its own type, also bfloat16 and 8-bit floats; tied names share one."""
         import torch
 
-        made: dict[int, Any] = {}
-        for tensor in self.tensors.values():
-            if id(tensor) not in made:
-                dense = tensor.unpack()
-                if tensor.dtype == "bfloat16":  # the upper half of float32; a cast would not keep every NaN
-                    dense = (dense.view(np.uint32) >> 16).astype(np.uint16)
-                made[id(tensor)] = torch.from_numpy(np.array(dense)).view(getattr(torch, tensor.dtype))
-        return {name: made[id(tensor)] for name, tensor in self.tensors.items()}
+        def convert(tensor: Tensor) -> Any:
+            dense = tensor.unpack()
+            if tensor.dtype == "bfloat16":  # the upper half of float32; a cast would not keep every NaN
+                dense = (dense.view(np.uint32) >> 16).astype(np.uint16)
+            return torch.from_numpy(np.array(dense)).view(getattr(torch, tensor.dtype))
+
+        return self._each(convert)
 
     def to_bytes(self) -> bytes:
         """The whole file. The same tensors and coding give the same bytes."""
-        if self._bytes is None:
-            self._bytes = write(self.tensors, self.coding, self.meta, self.sections)
-        return self._bytes
+        if self._source is None or not self._source.whole:
+            file = io.BytesIO()
+            head = write(self.tensors, self.coding, self.meta, self.sections, file)
+            self._source = Memory(b"".join(pieces(head, file)))
+        if isinstance(self._source, Memory):
+            return self._source.data
+        return b"".join(checked(self._source))
+
+    def _coded(self) -> Source:
+        """The file, or at least its head."""
+        if self._source is None:
+            self.to_bytes()
+        assert self._source is not None
+        return self._source
 
     @property
     def nbytes(self) -> int:
         """The exact size of the file."""
-        return len(self.to_bytes())
+        return self._coded().size
 
     def save(self, path: str | Path, limit: int | None = None) -> None:
         """Write the file atomically: after a crash the old file or the new one is there, whole.
 
-        Raises ValueError where `load` with the same `limit` would refuse to open it.
+        A large network is coded into a scratch file beside it first, with some tensors in memory at a time. Raises
+        ValueError where `load` with the same `limit` would refuse to open it.
         """
-        try:
-            Header.read(Memory(self.to_bytes()), limit)
-        except FormatError as wrong:
-            raise ValueError(f"{path}: {wrong}, and the same limit for save") from None
-        write_atomically(Path(path), self.to_bytes())
+        path = Path(path)
+        if (self._source is None or not self._source.whole) and is_large(self.tensors):
+            with scratch(path) as file:
+                head = write(self.tensors, self.coding, self.meta, self.sections, file)
+                size = written(head, file)
+                self._source = Memory(b"".join(pieces(head, file)) if size <= SMALL else head, size)
+                _check_limit(path, self._source, limit)
+                write_atomically(path, pieces(head, file))
+        else:
+            _check_limit(path, self._coded(), limit)
+            write_atomically(path, checked(self._coded()))
 
     def ledger(self) -> list[LedgerRow]:
         """A row for each tensor and one for the file's own bytes; the rows add up to the size of the file."""
-        return _ledger(self.to_bytes())
+        return _ledger(self._coded())
 
     def __str__(self) -> str:
         return ledger_text(self.ledger())
 
 
 def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit: int | None = None) -> Artifact:
-    """Open a file and decode it, or only the named tensors of it, without reading the others.
+    """Open a file and check every byte of it; or open the named tensors of it alone, without reading the others.
 
+    Networks of up to 33 million values, and named tensors, are decoded at once. The file of a larger network stays open
+    as long as the artifact or one of its tensors is held: each is decoded, and checked again, when its tree is read, so
+    one that cannot be decoded, or was damaged since, raises `FormatError` then. Windows does not let a file that is
+    open be replaced.
     `limit` is how many decoded bytes are allowed; without it 256 MiB, or a thousand times the file's size up to 4 GiB,
     or 64 times the size of a file that is larger. Raises `FormatError` for all but whole, undamaged files of ours.
     """
-    if tensors is None and not isinstance(source, bytes):
-        source = _read_whole(Path(source), limit)
     with contextlib.ExitStack() as stack:
-        if isinstance(source, bytes):
-            data: Source = Memory(source)
-        else:
-            file = File(stack.enter_context(Path(source).open("rb")))
-            data = Memory(file.read(0, file.size)) if file.size <= SMALL else file  # as it is checked, so it is decoded
+        data: Source = Memory(source) if isinstance(source, bytes) else File(Path(source))
+        if isinstance(data, File):
+            stack.callback(data.close)
+            data = Memory(data.read(0, data.size)) if data.size <= SMALL else data  # as it is checked, so it is decoded
         header = Header.read(data, limit)
         if UPDATE in header.sections:
             raise FormatError("this is an update, not a network: terse patch OLD UPDATE -o NEW applies it")
+        large = is_large(header.tensors)
+        if tensors is None:
+            if not large and isinstance(data, File):
+                data = Memory(data.read(0, data.size))
+                header = Header.read(data, limit)
+            for _ in checked(data):
+                pass
         wanted = set(header.tensors if tensors is None else tensors)
         if missing := sorted(wanted - set(header.tensors)):
             raise KeyError(f"no tensor {missing[0]!r} in this file")
+        sections = sections_of(header, data)
+        if tensors is None and large:
+            artifact = Artifact(Opened(header, data).tensors(), meta=header.meta, sections=sections)
+            stack.pop_all()
+        else:
+            found = decoded(header, [name for name in header.tensors if name in wanted], data)
+            artifact = Artifact(found, meta=header.meta, sections=sections)
         if tensors is None:
-            header.check_whole(data)
-        found = decoded(header, [name for name in header.tensors if name in wanted], data)
-        artifact = Artifact(found, meta=header.meta, sections=sections_of(header, data))
-        if isinstance(source, bytes) and tensors is None:
-            artifact._bytes = source
+            artifact._source = data
         return artifact
 
 
-def _read_whole(path: Path, limit: int | None) -> bytes:
-    """The file's bytes, once its header has shown that it is one of ours."""
-    with path.open("rb") as file:
-        Header.read(File(file), limit)
-        file.seek(0)
-        return file.read()
+def _check_limit(path: Path, data: Source, limit: int | None) -> None:
+    try:
+        Header.read(data, limit)
+    except FormatError as wrong:
+        raise ValueError(f"{path}: {wrong}, and the same limit for save") from None
 
 
-def _ledger(data: bytes) -> list[LedgerRow]:
-    header = Header.read(Memory(data), sys.maxsize)
+def _ledger(data: Source) -> list[LedgerRow]:
+    header = Header.read(data, sys.maxsize)
     rows, seen = [], dict[int, str]()
     shrunk, pools = header.coded / max(header.plain, 1), {pool.form: pool for pool in header.pools}
     rules = header.meta.get("rules")
@@ -213,7 +295,7 @@ def _ledger(data: bytes) -> list[LedgerRow]:
         rows.append(
             LedgerRow(f"({name})", "section", (), "", held.length, 0, 0, 0, None, f"{held.plain:,} bytes as they came")
         )
-    own = len(data) - sum(row.total for row in rows)
+    own = data.size - sum(row.total for row in rows)
     return [*rows, LedgerRow("(file)", "", (), "", 0, 0, own, 0, None, "magic, version, lengths, checks, notes")]
 
 
@@ -260,29 +342,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def as_stored(name: str, value: Any) -> tuple[Array, str]:
-    """A NumPy array or torch tensor as a `Tensor` holds it, and its type's name; may share memory with the value.
-
-    Raises ValueError, naming the tensor, for what is no dense array of a type that a file knows.
-    """
-    if hasattr(value, "data_ptr"):
-        kind = str(value.dtype).removeprefix("torch.")
-        if value.is_meta or hasattr(value, "materialize"):  # the second: a lazy layer that never ran
-            raise ValueError(f"{name}: holds no data (a meta tensor or an unused lazy layer); load its weights first")
-        if value.layout != sys.modules["torch"].strided:
-            kind = f"{value.layout} {kind}".removeprefix("torch.")
-        value = value.detach().cpu() if kind in DTYPES else value
-        if kind in STAND_IN:
-            value = value.view(sys.modules["torch"].int16 if kind == "bfloat16" else sys.modules["torch"].uint8)
-        array: Array = value.numpy() if kind in DTYPES else None
-    else:
-        array = np.asarray(value)
-        kind = array.dtype.newbyteorder("=").name
-    if kind not in DTYPES:
-        raise ValueError(f"{name}: cannot store {kind}; convert it to dense numbers of up to 64 bits, or leave it out")
-    if kind == "bfloat16":
-        return np.asarray(np.left_shift(array.view(np.uint16), 16, dtype=np.uint32)).view(np.float32), kind
-    return array.view(np.uint8) if kind in STAND_IN else array.astype(kind, copy=False), kind
+def _stored(state: Mapping[str, Array], name: str) -> Array:
+    return as_stored(name, state[name])[0]
 
 
 def errors_against(artifact: Artifact, original: Mapping[str, Array]) -> dict[str, float]:
@@ -290,57 +351,15 @@ def errors_against(artifact: Artifact, original: Mapping[str, Array]) -> dict[st
 
     It is 0 where the tensor is the original rounded to its own type. Raises ValueError where names or shapes differ.
     """
-    dense, errors = artifact.unpack(), {}
-    if missing := sorted(set(dense) ^ set(original)):
+    errors = dict[str, float]()
+    if missing := sorted(set(artifact) ^ set(original)):
         raise ValueError(f"{missing[0]}: in one of the two only")
-    for name, array in dense.items():
+    for name, tensor in (pair for group in groups(artifact.tensors) for pair in group.items()):
         was, kind = as_stored(name, original[name])
-        own = artifact.tensors[name].dtype
+        array, own = tensor.unpack(), tensor.dtype
         if was.shape != array.shape:
             raise ValueError(f"{name}: shape {array.shape}, but the original has {was.shape}")
         alike = kind == own or (kind in FLOATS and own in FLOATS)
-        rounded = alike and bool(_same(array, as_type(was, own)).all())
-        errors[name] = 0.0 if rounded else relative_error(_numbers(array, own), _numbers(was, kind))
+        rounded = alike and bool(same(array, as_type(was, own)).all())
+        errors[name] = 0.0 if rounded else relative_error(numbers(array, own), numbers(was, kind))
     return errors
-
-
-def relative_error(array: Array, original: Array) -> float:
-    """||original - array|| / ||original|| in float64; nothing is too small or too large to be seen.
-
-    Values that are equal, NaN too, or become so in the type of `array`, differ by 0. Infinite where zeros came back as
-    something else, and where one of the two alone is NaN or infinite.
-    """
-    lost, whole = [], []
-    for begin in range(0, array.size, CHUNK):
-        now, was = (values.reshape(-1)[begin : begin + CHUNK] for values in (array, original))
-        with np.errstate(all="ignore"):
-            difference = now.astype(np.float64) - was.astype(np.float64)
-            difference[_same(now, was.astype(now.dtype))] = 0
-        lost.append(_norm(difference))
-        whole.append(_norm(was[np.isfinite(was)].astype(np.float64)))
-    error, norm = math.hypot(*lost), math.hypot(*whole)
-    if not error:
-        return 0.0
-    return error / norm if norm and error < math.inf else math.inf
-
-
-def _norm(values: Array) -> float:
-    """The L2 norm, taken of values over their largest, whose squares neither vanish nor overflow."""
-    largest = float(np.abs(values).max(initial=0))
-    if not 0 < largest < math.inf:
-        return 0.0 if largest == 0 else math.inf
-    return largest * math.sqrt(np.square(values / largest).sum())
-
-
-def _same(array: Array, other: Array) -> Array:
-    """Where two arrays are equal, NaN to NaN too."""
-    return (array == other) | (np.isnan(array) & np.isnan(other))
-
-
-def _numbers(array: Array, dtype: str) -> Array:
-    """What the stored array stands for: 8-bit floats lie there as bytes, which torch can read."""
-    if dtype in FLOATS or dtype not in STAND_IN:
-        return array
-    import torch
-
-    return torch.from_numpy(np.array(array)).view(getattr(torch, dtype)).float().numpy()

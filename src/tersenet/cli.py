@@ -165,6 +165,7 @@ def verify(
     if against is None and task is None:
         with _about(file):
             artifact = load(file)
+            artifact.check()
         typer.echo(f"{file}: whole and undamaged, {artifact.nbytes:,} bytes, {len(artifact.tensors)} tensors")
         return
     from tersenet.promise import verify as prove

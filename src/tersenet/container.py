@@ -1,14 +1,17 @@
 """The grammar of the bytes that reading and writing share: `docs/format.md`, its numbers and its tables."""
 
+import math
 import sys
 import zlib
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tersenet import codecs, cores
 from tersenet.codecs.stream import FormatError
+from tersenet.deferred import Deferred, MadeWhenRead
 from tersenet.packed import NODES, Array, Packed, Tree, unpack
 
 MAGIC, VERSION, SMALL_VERSION = b"TERSE", 1, 2  # a file of up to `SMALL` bytes has one check for all that is in it
@@ -63,6 +66,7 @@ INTEGERS = tuple(WIDTH.get(stored, 1) for _, stored in FORMATS)  # that codecs s
 CORES = 1 if sys.platform == "emscripten" else cores.usable()  # a browser's Python has no threads to start
 THREADS = min(4, CORES)  # that decode
 WORTH_A_THREAD = 1 << 14  # integers beside the largest array
+GROUP = 1 << 25  # values, over which a network is large: so many are in memory at a time, or one tensor that has more
 # What the header of a small file is deflated against: names, then records of tensors, the likeliest last, where fewer
 # bits point. Part of the format: never change it.
 DICTIONARY = (
@@ -104,13 +108,22 @@ class Coding:
 class Tensor:
     """One tensor of a network: its tree, the type it had, why it is as it is, and its error against the original.
 
-    `error` is the relative L2 error ||w - packed|| / ||w||, or None where nobody measured it.
+    `error` is the relative L2 error ||w - packed|| / ||w||, or None where nobody measured it. A tree that is given as
+    `Deferred` is made whenever `tree` is read; all else is known before.
     """
 
-    tree: Tree
+    tree: Tree = MadeWhenRead()  # noqa: RUF009 - a descriptor, which holds nothing itself
     dtype: str = "float32"
     note: str = ""
     error: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dense shape; nothing is decoded for it."""
+        return tuple(vars(self)["tree"].shape)
+
+    def __reduce__(self) -> Any:  # a copy, or what is sent to another process, has its tree with it
+        return Tensor, (self.tree, self.dtype, self.note, self.error)
 
     def unpack(self) -> Array:
         """The dense NumPy array in the tensor's own type, or its `STAND_IN`: bfloat16's values as float32."""
@@ -134,6 +147,47 @@ def as_type(dense: Array, dtype: str) -> Array:
     quiet = words & np.uint32(0xFFFF0000) | np.uint32(0x400000)  # rounding would make some NaN a zero
     rounded = np.where(np.isnan(single).reshape(-1) & (low > 0), quiet, rounded)
     return rounded.view(np.float32).reshape(single.shape)
+
+
+def is_large(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a network is decoded and written some tensors at a time."""
+    return sum(math.prod(tensor.shape) for tensor in {id(t): t for t in tensors.values()}.values()) > GROUP
+
+
+def groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The tensors in their order, as many at a time as `GROUP` allows, their trees in memory until the next are."""
+    group, size, seen = dict[str, Tensor](), 0, set[int]()
+    for name, tensor in tensors.items():
+        more = 0 if id(tensor) in seen else math.prod(tensor.shape)
+        seen.add(id(tensor))
+        if group and size + more > GROUP:
+            yield from _held(group)
+            group, size = {}, 0
+        group[name], size = tensor, size + more
+    yield from _held(group)
+
+
+def _held(group: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    trees = _trees(list({id(tensor): tensor for tensor in group.values()}.values()))
+    yield group
+    del trees  # which held what is deferred
+
+
+def _trees(tensors: Sequence[Tensor]) -> list[Tree]:
+    """The trees of tensors, made on as many threads as may be where there are several to make."""
+    deferred = [tensor for tensor in tensors if isinstance(vars(tensor)["tree"], Deferred)]
+    if THREADS == 1 or len(deferred) < 2:
+        return [tensor.tree for tensor in tensors]
+    from concurrent.futures import ThreadPoolExecutor  # which readers of small files need not wait for
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda tensor: tensor.tree, tensors))
+
+
+def at_hand(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with every tree in memory for good; tied names share one."""
+    made = {id(t): replace(t) for group in groups(tensors) for t in {id(t): t for t in group.values()}.values()}
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
 
 
 class Section(NamedTuple):

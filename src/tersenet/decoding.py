@@ -1,8 +1,12 @@
 """How the arrays of a file are decoded, once its header was read."""
 
+import functools
+import threading
 import zlib
 from _thread import start_new_thread
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,8 +26,9 @@ from tersenet.container import (
     Tensor,
     inflated,
 )
+from tersenet.deferred import Deferred
 from tersenet.header import Header, Promise, Source
-from tersenet.packed import Array, Packed, parts_of
+from tersenet.packed import Array, Packed, Tree, parts_of
 
 CONTEXT = CODED.index("context")
 Job = tuple[str, Promise, bytes]  # a tensor's name, an array of it, and the array's stream
@@ -46,8 +51,62 @@ def sections_of(header: Header, data: Source) -> dict[str, Section]:
 
 def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Tensor]:
     """The named tensors with their arrays; tied names share one."""
-    unique = {id(header.tensors[name]): name for name in reversed(names)}.values()
-    wanted = {id(p): p for name in unique for p in header.entries[name].promises}
+    unique = {id(header.tensors[name]): name for name in reversed(names)}
+    arrays = _kept(header, (p for name in unique.values() for p in header.entries[name].promises), data)
+    found = {key: replace(header.tensors[name], tree=_tree(header, name, arrays)) for key, name in unique.items()}
+    return {name: found[id(header.tensors[name])] for name in names}
+
+
+@dataclass
+class Opened:
+    """A file whose tensors are decoded one by one, each when its tree is read.
+
+    Its small arrays, and those that several tensors share, stay in memory once one of them was read.
+    """
+
+    header: Header
+    data: Source
+    _common: dict[int, Array] = field(default_factory=dict, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor with its tree deferred; tied names share one."""
+        unique = {id(tensor): (name, tensor) for name, tensor in reversed(self.header.tensors.items())}
+        made = {
+            key: replace(tensor, tree=Deferred(tensor.shape, functools.partial(self.tree, name)))
+            for key, (name, tensor) in unique.items()
+        }
+        return {name: made[id(tensor)] for name, tensor in self.header.tensors.items()}
+
+    def tree(self, name: str) -> Tree:
+        """A tensor's tree; raises `FormatError` where its bytes are not those that were written."""
+        common, own = list[Promise](), list[Promise]()
+        for p in self.header.entries[name].promises:
+            (common if id(p) in self.places else own).append(p)
+        arrays = _kept(self.header, own, self.data)
+        if common:
+            held = self.common()
+            arrays |= {id(p): held[id(p)] for p in common}
+        return _tree(self.header, name, arrays)
+
+    @functools.cached_property
+    def places(self) -> dict[int, Promise]:
+        """The promises of all arrays in common: small ones, and those that several tensors share."""
+        entries = {id(entry.promises): entry.promises for entry in self.header.entries.values()}  # of tied names once
+        held = Counter(key for promises in entries.values() for key in {id(p) for p in promises})
+        every = (p for promises in entries.values() for p in promises)
+        return {id(p): p for p in every if p.codec == POOLED or held[id(p)] > 1}
+
+    def common(self) -> dict[int, Array]:
+        """The arrays of `places`, each one object for all who hold it, whichever thread asks first."""
+        with self._lock:
+            self._common = self._common or _kept(self.header, self.places.values(), self.data)
+        return self._common
+
+
+def _kept(header: Header, promises: Iterable[Promise], data: Source) -> dict[int, Array]:
+    """The arrays of promises by their ids, each once."""
+    wanted = {id(p): p for p in promises}
     coded: list[Job] = []
     if any(p.codec == POOLED for p in wanted.values()):
         coded += _streams("(small arrays)", header.pools, header.pools_check, data)
@@ -60,15 +119,16 @@ def decoded(header: Header, names: Sequence[str], data: Source) -> dict[str, Ten
     for key, p in wanted.items():
         if p.codec == POOLED:
             arrays[key] = pools[p.form][p.offset : p.offset + p.size].reshape(p.shape)
-    found: dict[int, Tensor] = {}
-    for name in unique:
-        tensor = header.tensors[name]
-        try:
-            tree = _filled(tensor.tree, arrays)
-        except ValueError as wrong:
-            raise FormatError(f"{name}: {wrong}") from None
-        found[id(tensor)] = Tensor(tree, tensor.dtype, tensor.note, tensor.error)
-    return {name: found[id(header.tensors[name])] for name in names}
+    return arrays
+
+
+def _tree(header: Header, name: str, arrays: Mapping[int, Array]) -> Tree:
+    """A tensor's tree of arrays that were decoded, by the ids of their promises."""
+    tree: Tree = header.tensors[name].tree
+    try:
+        return _filled(tree, arrays)
+    except ValueError as wrong:
+        raise FormatError(f"{name}: {wrong}") from None
 
 
 def _streams(name: str, own: list[Promise], check: int | None, data: Source) -> list[Job]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tersenet.artifact import FLOATS, Artifact, Coding, Tensor, as_stored, relative_error
+from tersenet.dense import place
 from tersenet.journal import Journal
 from tersenet.norms import FOLDED
 from tersenet.packed import Array, Packed, Tree, map_arrays, unpack
@@ -163,10 +164,10 @@ def artifact_of(draft: Draft, coding: Coding | None = None, original: Mapping[st
 def _dense(state: Mapping[str, Array], is_weight: Callable[[str, Array], bool]) -> dict[str, Tensor]:
     """Every array as it came, with the reason; those that share their numbers are one tensor."""
     tensors: dict[str, Tensor] = {}
-    first: dict[tuple[Any, ...], str] = {}
+    first: dict[Any, str] = {}
     for name, value in state.items():
         array, dtype = as_stored(name, value)
-        known = first.setdefault(_place(name, value), name)
+        known = first.setdefault(place(value) or name, name)
         if known != name:
             tensors[name] = tensors[known]
             continue
@@ -183,15 +184,6 @@ def _dense(state: Mapping[str, Array], is_weight: Callable[[str, Array], bool]) 
 
 def _raw(array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _place(name: str, value: Array) -> tuple[Any, ...]:
-    """Where the numbers lie in memory and how they are laid out: the same for tied tensors, else unique."""
-    if isinstance(value, torch.Tensor) and value.numel():
-        return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype
-    if isinstance(value, np.ndarray) and value.size:
-        return value.ctypes.data, value.shape, value.strides, value.dtype
-    return (name,)
 
 
 def _is_buffer(name: str, array: Array) -> bool:

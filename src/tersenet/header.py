@@ -8,9 +8,13 @@ import json
 import math
 import os
 import struct
+import threading
+import weakref
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,27 +101,49 @@ class Source:
     """Random access to the file's bytes."""
 
     size: int
+    whole: bool  # whether it has all bytes, or those of the head alone
 
     def read(self, offset: int, length: int) -> bytes:
         raise TypeError("a source says how it is read")
 
 
 class Memory(Source):
-    def __init__(self, data: bytes) -> None:
-        self.data, self.size = data, len(data)
+    """Bytes; of a file that was written and let go the head alone."""
+
+    def __init__(self, data: bytes, size: int | None = None) -> None:
+        self.data, self.size = data, len(data) if size is None else size
+        self.whole = len(data) == self.size
 
     def read(self, offset: int, length: int) -> bytes:
         return self.data[offset : offset + length]
 
 
 class File(Source):
-    def __init__(self, file: Any) -> None:
-        self.file, self.size = file, os.fstat(file.fileno()).st_size
+    """A file that stays open until it is closed or nobody holds it. Threads may read it together."""
+
+    whole = True
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._lock = path.open("rb", buffering=0), threading.Lock()
+        self.close = weakref.finalize(self, self._file.close)
+        self.size = os.fstat(self._file.fileno()).st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        self.file.seek(offset)
-        data: bytes = self.file.read(length)
-        return data
+        parts = []
+        while length and (part := self._part(offset, length)):
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return b"".join(parts)
+
+    def _part(self, offset: int, length: int) -> bytes:
+        if hasattr(os, "pread"):  # which leaves alone the place that a forked process shares
+            return os.pread(self._file.fileno(), length, offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(length)
+
+    def __reduce__(self) -> Any:  # a copy, or what is sent to another process, is the bytes
+        return Memory, (self.read(0, self.size),)
 
 
 @dataclass(slots=True)
@@ -152,7 +178,6 @@ class Header:
     coded: int
     needed: int  # bytes in memory once all is decoded and unpacked, with what its largest stream takes beside
     total: int
-    small: bool  # the whole file was checked when its header was read
 
     @staticmethod
     def read(data: Source, limit: int | None) -> "Header":
@@ -171,18 +196,21 @@ class Header:
         _allow(header.needed, allowed)
         return header
 
-    def check_whole(self, data: Source) -> None:
-        if self.small:
-            return
-        check, at = 0, 0
-        while at < data.size - 4:
-            chunk = data.read(at, min(1 << 24, data.size - 4 - at))
-            if not chunk:
-                raise FormatError("the file ended while it was read")
-            check, at = zlib.crc32(chunk, check), at + len(chunk)
-        length, crc = struct.unpack("<QI", data.read(data.size - FOOTER, FOOTER))
-        if length != data.size or crc != check:
-            raise FormatError("the file is damaged: its checksum does not fit")
+
+def checked(data: Source) -> Iterator[bytes]:
+    """All bytes, some at a time. Raises `FormatError` behind the last of them unless their checksum fits."""
+    check, at = 0, 0
+    while at < data.size - 4:
+        chunk = data.read(at, min(1 << 24, data.size - 4 - at))
+        if not chunk:
+            raise FormatError("the file ended while it was read")
+        check, at = zlib.crc32(chunk, check), at + len(chunk)
+        yield chunk
+    length = b"" if data.read(len(MAGIC), 1)[0] == SMALL_VERSION else struct.pack("<Q", data.size)
+    end = length + struct.pack("<I", check)
+    if data.read(data.size - len(end), len(end)) != end:
+        raise FormatError("the file is damaged: its checksum does not fit")
+    yield end[-4:]
 
 
 def _allow(needed: int, allowed: int) -> None:
@@ -270,7 +298,7 @@ def _parse(plain: bytes, offset: int, coded: int, size: int, small: bool) -> Hea
         raise FormatError("the header is longer than its tensors")
     needed, total = OBJECTS * len(plain) + parser.needed + parser.beside, parser.offset
     sizes = len(plain), coded, needed, total + (SMALL_FOOTER if small else FOOTER)
-    return Header(tensors, entries, pools, check, meta, sections, *sizes, small)
+    return Header(tensors, entries, pools, check, meta, sections, *sizes)
 
 
 class _Parser(Reader):

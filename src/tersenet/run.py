@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tersenet.artifact import Artifact, Coding, FormatError, Section, load
+from tersenet.container import at_hand
 from tersenet.contract import check
 from tersenet.data import is_pair
 from tersenet.draft import QUICK, Draft, artifact_of, dense_array
@@ -114,7 +115,7 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
         if earlier is not None:
             facts = json.loads(earlier.sections["facts"].data)
             trainable = draft.trainable - facts["left"].keys()
-            draft = replace(draft, tensors=earlier.tensors, trainable=trainable, **facts)
+            draft = replace(draft, tensors=at_hand(earlier.tensors), trainable=trainable, **facts)
             row = {n: v for n, v in earlier.meta.items() if n not in ("folded", "rules")} | {"kept": True}
         else:
             draft = stage(draft, task)

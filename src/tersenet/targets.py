@@ -52,6 +52,10 @@ def _safetensors(artifact: Artifact) -> bytes:
 
     if "__metadata__" in artifact.tensors:
         raise ValueError("'__metadata__': a .safetensors file has no tensor of this name; unpack to .npz or .pt")
-    state = {name: tensor.clone() for name, tensor in artifact.state_dict().items()}  # it holds no tied tensors
+    state, seen = artifact.state_dict(), set[int]()
+    for name, tensor in state.items():  # it holds no tied tensors
+        state[name] = tensor.clone() if id(tensor) in seen else tensor
+        seen.add(id(tensor))
     text = artifact.meta.get("metadata")
-    return bytes(save(state, {str(k): str(v) for k, v in text.items()} if isinstance(text, dict) else None))
+    made: bytes = save(state, {str(k): str(v) for k, v in text.items()} if isinstance(text, dict) else None)
+    return made

@@ -18,9 +18,9 @@ import numpy as np
 
 from tersenet.artifact import Artifact, as_stored, load
 from tersenet.codecs.stream import FormatError
-from tersenet.container import FLOATS, Section, Tensor, as_type
+from tersenet.container import FLOATS, Section, Tensor, as_type, at_hand
 from tersenet.decoding import decoded, sections_of
-from tersenet.header import UPDATE, Header, Memory
+from tersenet.header import UPDATE, Header, Memory, checked
 from tersenet.packed import Array, Packed, Tree, Uniform, arrays, map_arrays, narrowed, parts_of, unpack
 from tersenet.sources import read
 
@@ -74,6 +74,7 @@ def diff(old: Artifact, new: Artifact, ratio: float | None = None) -> Artifact:
     """
     if taken := {UPDATE, LOW} & set(new.sections):
         raise ValueError(f"the new network has a section {sorted(taken)[0]!r}, a name that updates use")
+    old, new = (replace(one, tensors=at_hand(one.tensors)) for one in (old, new))  # what they share goes by identity
     base, exact = digest(old.tensors), _update(old, new)
     if ratio is None:
         return _file(exact, new, base, digest(new.tensors))
@@ -109,6 +110,7 @@ def patch(old: Artifact, update: Artifact) -> Artifact:
         base, result, groups = str(says["base"]), str(says["result"]), list(says.get("shared", ()))
     except (KeyError, ValueError, TypeError):
         raise FormatError("this is no update") from None
+    old = replace(old, tensors=at_hand(old.tensors))
     if (own := digest(old.tensors)) != base:
         raise ValueError(f"has the digest {own}, and the update is for the network of digest {base}")
     tensors = _applied(old, told)
@@ -123,7 +125,8 @@ def opened(path: Path) -> Artifact:
     """An update's file. Raises FormatError for all but whole, undamaged ones."""
     data = Memory(path.read_bytes())
     header = Header.read(data, None)
-    header.check_whole(data)
+    for _ in checked(data):
+        pass
     if UPDATE not in header.sections:
         raise FormatError("this is no update; `terse diff` makes one")
     return Artifact(decoded(header, list(header.tensors), data), meta=header.meta, sections=sections_of(header, data))

@@ -2,9 +2,10 @@
 
 import json
 import struct
+import weakref
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -50,71 +51,102 @@ from tersenet.container import (
     Section,
     Tensor,
     expanded,
+    groups,
 )
 from tersenet.packed import NODES, Array, Packed, arrays, check_tree, parts_of
 
+COPIED = 1 << 24  # bytes of a file that are copied at a time
+
 
 def write(
-    tensors: Mapping[str, Tensor], coding: Coding, notes: Mapping[str, Any], sections: Mapping[str, Section]
+    tensors: Mapping[str, Tensor],
+    coding: Coding,
+    notes: Mapping[str, Any],
+    sections: Mapping[str, Section],
+    file: BinaryIO,
 ) -> bytes:
-    """The whole file."""
+    """Code the streams into an empty file, holding some tensors at a time; the bytes that stand before them."""
     if sum(len(name.encode()) for name in tensors) > NAMES_CAP:
         raise ValueError(f"the names of a file's tensors have at most {NAMES_CAP:,} bytes together")
-    pieces: list[tuple[bytes, bytes]] = [(put_number(len(tensors)), b"")]  # of the header, each with its CRC-32
+    records: list[tuple[bytes, bytes]] = [(put_number(len(tensors)), b"")]  # of the header, each with its CRC-32
     streams = _Streams(coding)
-    streams.prepare([array for tensor in tensors.values() for _, array in arrays(tensor.tree)])
     first: dict[int, int] = {}
     last = b""
-    for number, (name, tensor) in enumerate(tensors.items()):
+    for number, (name, tensor) in enumerate(_prepared(tensors, streams)):
         text = name.encode()
         if len(text) > NAME_CAP:
             raise ValueError(f"{name[:40]}...: a tensor's name has at most {NAME_CAP} bytes")
         shared = next((i for i, (a, b) in enumerate(zip(last, text)) if a != b), min(len(last), len(text)))
-        pieces.append((put_number(shared) + put_number(len(text) - shared) + text[shared:], b""))
+        records.append((put_number(shared) + put_number(len(text) - shared) + text[shared:], b""))
         last = text
         if id(tensor) in first:
-            pieces.append((bytes([ALIAS]) + put_number(first[id(tensor)]), b""))
+            records.append((bytes([ALIAS]) + put_number(first[id(tensor)]), b""))
         else:
-            pieces.append(_tensor_header(name, tensor, streams))
+            records.append(_tensor_header(name, tensor, streams))
+            streams.flush(file)
         first.setdefault(id(tensor), number)
-    pieces.append(streams.pools())
+    records.append(streams.pools())
     meta = json.dumps(dict(notes), separators=(",", ":"), sort_keys=True).encode() if notes else b""
     if len(meta) >= META_CAP:
         raise ValueError(f"the notes of a file have at most {META_CAP} bytes")
-    pieces += [(put_number(len(meta)) + meta, b""), *_section_headers(sections, streams)]
-    file = _small_file(pieces, streams.data) or _large_file(pieces, streams.data)
-    if len(tensors) > (most := max(MANY, len(file) // EACH)):
-        raise ValueError(f"a file of {len(file):,} bytes holds at most {most:,} tensors")
-    return file
+    records += [(put_number(len(meta)) + meta, b""), *_section_headers(sections, streams)]
+    streams.flush(file)
+    head = _small_head(records, file.tell()) or _large_head(records)
+    size = written(head, file)
+    if len(tensors) > (most := max(MANY, size // EACH)):
+        raise ValueError(f"a file of {size:,} bytes holds at most {most:,} tensors")
+    return head
 
 
-def _small_file(pieces: Sequence[tuple[bytes, bytes]], streams: bytearray) -> bytes | None:
-    """The file with one check for all of it, where it is small enough."""
-    if len(streams) > SMALL:
+def written(head: bytes, file: BinaryIO) -> int:
+    """The size of the whole file, when `write` has put its streams into a file."""
+    return len(head) + file.tell() + (SMALL_FOOTER if _is_small(head) else FOOTER)
+
+
+def _is_small(head: bytes) -> bool:
+    return head[len(MAGIC)] == SMALL_VERSION
+
+
+def _small_head(records: Sequence[tuple[bytes, bytes]], streams: int) -> bytes | None:
+    """The head of a file with one check for all of it, where it is small enough with so many bytes of streams."""
+    if streams > SMALL:
         return None
-    plain = b"".join(piece for piece, _ in pieces)
+    plain = b"".join(record for record, _ in records)
     coded = _deflated(plain, DICTIONARY)
-    file = MAGIC + bytes([SMALL_VERSION]) + put_number(len(coded)) + coded + streams
-    if len(file) + SMALL_FOOTER > SMALL or len(plain) > expanded(len(coded)):
-        return None
-    return file + struct.pack("<I", zlib.crc32(file))
+    head = MAGIC + bytes([SMALL_VERSION]) + put_number(len(coded)) + coded
+    fits = len(head) + streams + SMALL_FOOTER <= SMALL and len(plain) <= expanded(len(coded))
+    return head if fits else None
 
 
-def _large_file(pieces: Sequence[tuple[bytes, bytes]], streams: bytearray) -> bytes:
-    plain = b"".join(piece + check for piece, check in pieces)
+def _large_head(records: Sequence[tuple[bytes, bytes]]) -> bytes:
+    plain = b"".join(record + check for record, check in records)
     deflated = _deflated(plain)
     small = len(deflated) < len(plain) <= expanded(len(deflated))
     coded = b"\1" + deflated if small else b"\0" + plain
     if max(len(coded), len(plain)) > HEADER_CAP:
         raise ValueError(f"the header would be over {HEADER_CAP:,} bytes")
     head = MAGIC + bytes([VERSION]) + struct.pack("<I", len(coded))
-    own = struct.pack("<I", zlib.crc32(head + coded))
-    parts: list[bytes | bytearray] = [head, own, coded, streams]  # joined once: files are large
-    parts.append(struct.pack("<Q", sum(map(len, parts)) + FOOTER))
-    check = 0
-    for part in parts:
-        check = zlib.crc32(part, check)
-    return b"".join([*parts, struct.pack("<I", check)])
+    return head + struct.pack("<I", zlib.crc32(head + coded)) + coded
+
+
+def pieces(head: bytes, file: BinaryIO) -> Iterator[bytes]:
+    """The whole file, some bytes at a time: the head, the streams that `write` put into a file, the end."""
+    check, size = zlib.crc32(head), len(head)
+    yield head
+    file.seek(0)
+    while piece := file.read(COPIED):
+        check, size = zlib.crc32(piece, check), size + len(piece)
+        yield piece
+    end = b"" if _is_small(head) else struct.pack("<Q", size + FOOTER)
+    yield end + struct.pack("<I", zlib.crc32(end, check))
+
+
+def _prepared(tensors: Mapping[str, Tensor], streams: "_Streams") -> Iterator[tuple[str, Tensor]]:
+    """The tensors one by one, the large arrays of each group coded ahead."""
+    for group in groups(tensors):
+        streams.prepare([array for tensor in group.values() for _, array in arrays(tensor.tree)])
+        yield from group.items()
+        streams.alone, streams.ready = {}, {}  # which go by ids, that other arrays may get
 
 
 class _Streams:
@@ -125,11 +157,13 @@ class _Streams:
         self.pooled: dict[int, list[Array]] = {}  # flat arrays by format
         self.alone: dict[int, Array] = {}  # what has a stream of its own, by its id, kept while that is asked for
         self.ready: dict[int, tuple[bytes, bytes]] = {}
-        self.known: dict[int, tuple[int, Array]] = {}  # numbers of arrays by their ids, which stay theirs
+        self.taken = 0  # arrays
+        self.known: dict[int, tuple[int, Callable[[], Array | None]]] = {}  # their numbers by ids, while they live
 
     def prepare(self, listed: Sequence[Array]) -> None:
         """Code arrays ahead, on as many threads as are worth it."""
-        found = (a for a in map(np.asarray, listed) if a.dtype in container.IN_MEMORY and not _small(a))
+        new = (np.asarray(a) for a in listed if self._number(a) is None)
+        found = (a for a in new if a.dtype in container.IN_MEMORY and not _small(a))
         self.alone = {id(a): a for a in sorted(found, key=lambda a: -a.size)}
         if container.CORES > 1 and sum(a.size for a in self.alone.values()) >= container.WORTH_A_THREAD:
             from concurrent.futures import ThreadPoolExecutor  # which readers need not wait for
@@ -137,11 +171,18 @@ class _Streams:
             with ThreadPoolExecutor(container.CORES) as pool:
                 self.ready = dict(zip(self.alone, pool.map(self._coded, self.alone.values()), strict=True))
 
+    def flush(self, file: BinaryIO) -> None:
+        """Move what was coded into a file."""
+        file.write(self.data)
+        self.data.clear()
+
     def array(self, given: Array) -> bytes:
         """Take an array in; its header."""
-        if id(given) in self.known:
-            return bytes([SHARED]) + put_number(self.known[id(given)][0])
-        self.known[id(given)] = len(self.known), given
+        if (number := self._number(given)) is not None:
+            return bytes([SHARED]) + put_number(number)
+        held = weakref.ref(given) if isinstance(given, np.ndarray) else lambda: given  # a number
+        self.known[id(given)] = self.taken, held
+        self.taken += 1
         array = np.asarray(given)
         if _small(array):
             stored, raw = _narrowest(array)
@@ -150,6 +191,11 @@ class _Streams:
         head, coded = self.ready.get(id(array)) or self._coded(array)
         self.data += coded
         return head
+
+    def _number(self, given: Array) -> int | None:
+        """The number of an array that was taken in; its id alone may be that of one that is gone."""
+        number, held = self.known.get(id(given), (0, lambda: None))
+        return number if held() is given else None
 
     def _coded(self, array: Array) -> tuple[bytes, bytes]:
         """An array's header and its stream."""

@@ -71,15 +71,18 @@ class Search:
         self, waterfilling: Waterfilling, rate: float, label: str, used: float = 0.985, tries: int = 16
     ) -> tuple[Draft, int]:
         """The draft at the finest step found whose file keeps the size, and that file's bytes."""
-        drafts: dict[float, Draft] = {}
+        fits: dict[float, Draft] = {}  # the finest that keeps the size, and no other: networks are large
 
-        def made(c: float) -> Draft:
-            if c not in drafts:
-                drafts[c] = waterfilling.at(c, rate)
-            return drafts[c]
+        def measured(c: float) -> int:
+            draft = waterfilling.at(c, rate)
+            size = artifact_of(draft, self.coding).nbytes + errors
+            if size <= self.most and c < min(fits, default=math.inf):
+                fits.clear()
+                fits[c] = draft
+            return size
 
         def size_at(c: float) -> int:
-            size: int = self.once(f"{label}: {c!r}", lambda: artifact_of(made(c), self.coding).nbytes + errors)
+            size: int = self.once(f"{label}: {c!r}", lambda: measured(c))
             return size
 
         tensors, names = waterfilling.draft.tensors, waterfilling.draft.trainable
@@ -92,7 +95,7 @@ class Search:
         except UnmetBudget as wrong:
             why = f"; {held:,} bytes of it are buffers and what `keep` names" if held > self.most / 4 else ""
             raise UnmetBudget(wrong.most, wrong.least, why) from None
-        return made(self.c), size_at(self.c)
+        return fits[self.c] if self.c in fits else waterfilling.at(self.c, rate), size_at(self.c)
 
 
 def without_loss(knowledge: Knowledge) -> Draft:
