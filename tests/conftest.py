@@ -27,6 +27,7 @@ from tersenet.packed import (
     Uniform,
 )
 
+collect_ignore = ["workers.py"]  # a program
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

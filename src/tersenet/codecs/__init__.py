@@ -35,6 +35,7 @@ DEFAULT = tuple(name for name in CODECS if name != "zstd")  # what NumPy and the
 SHORT, LONGEST = 1 << 12, 1 << 15  # longer arrays are tried on a part first, of at least and at most so many integers
 NEAR = 1.01  # codecs within so much of the smallest are left then,
 TABLES = 128  # and so many bytes more for tables and learning, which cost less in the whole
+LEARNS = 1.15  # the context coder learns from all rows of a matrix, and a part has few: so much more is near there
 GENERAL = ("deflate", "bzip2", "lzma", "zstd")  # slow, with little to learn: left only where they are smallest already
 SLACK = 1.05  # "speed" may cost five per cent over the smallest
 
@@ -67,7 +68,10 @@ def _promising(values: Ints, names: Sequence[str], slack: float) -> list[str]:
     if "bzip2" in names and sizes.get("deflate", 0) <= NEAR * min(sizes.values(), default=0):  # strings occur again
         sizes |= {name: len(data) for name, data in _tried(part, ["bzip2"]).items()}
     most = slack * min(sizes.values(), default=0) + TABLES
-    return [name for name in names if sizes.get(name, math.inf) <= (min(most, least) if name in GENERAL else most)]
+    found = [name for name in names if sizes.get(name, math.inf) <= (min(most, least) if name in GENERAL else most)]
+    if values.ndim > 1 and "context" not in found and sizes.get("context", math.inf) <= LEARNS * most:
+        found.append("context")
+    return found
 
 
 def _tried(values: Ints, names: Iterable[str]) -> dict[str, bytes]:

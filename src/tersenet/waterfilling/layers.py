@@ -274,9 +274,14 @@ def _steps(draft: Draft, done: set[str]) -> dict[str, float]:
     for name in sorted((draft.trainable & set(draft.tensors)) - done):
         tensor = draft.tensors[name]
         fits = len(tensor.tree.shape) == 1 and tensor.tree.shape[0] >= FEW and not isinstance(tensor.tree, Packed)
-        if fits and (w := dense_array(tensor).astype(np.float64)).any():
+        if fits and not _whole(w := dense_array(tensor).astype(np.float64)):
             found.setdefault(id(tensor), (name, 1 / (FINER * float(prior(w[None]).rows[0]))))
     return dict(found.values())
+
+
+def _whole(values: Array) -> bool:
+    """Whether all are whole numbers, as counts are: those are kept."""
+    return bool((values == np.rint(values)).all())
 
 
 def _vectors(draft: Draft) -> list[Layer]:
