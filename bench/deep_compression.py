@@ -20,8 +20,8 @@ from tersenet.run import run
 SEED = 0
 PAPER = {"lenet300": 27_000, "lenet5": 44_000}  # bytes; Han, Mao, Dally 2016, tables 1, 2 and 3
 SETTINGS = {
-    "lenet300": {"density": 0.05, "bits": 4, "rounds": 8, "epochs": 3},
-    "lenet5": {"density": 0.03, "bits": 5, "rounds": 6, "epochs": 4},
+    "lenet300": {"density": 0.0485, "bits": 4, "rounds": 8, "epochs": 3},
+    "lenet5": {"density": 0.028, "bits": 5, "rounds": 6, "epochs": 4},
 }
 LR = {"lenet300": 0.1, "lenet5": 0.02}
 HUFFMAN = tn.Coding(("bits", "huffman", "gaps"))
