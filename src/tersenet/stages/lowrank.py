@@ -47,7 +47,8 @@ class ENC:
 
     The ranks are chosen by "map", "model" or "inf": by singular values alone, or among the `candidates` best by the
     metric on up to `scored` samples of the task's data for choosing. `weighted` SVDs lose least in the metric of
-    `samples` training inputs. Layers without a chain (grouped and transposed convolutions, tied weights) stay whole.
+    `samples` training inputs. Layers without a chain (grouped and transposed convolutions, tied weights) stay whole. The
+    paper leaves the first and the last layer whole, which rules (`keep`) do here.
     """
 
     macs: float | None = None
