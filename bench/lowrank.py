@@ -26,9 +26,9 @@ from tersenet.where import kept
 SEED, SCORED, CALIBRATION, SAMPLES = 0, 1000, 500, 256
 # By name, the stage, plain or in the metric of the data.
 STAGES: dict[str, Callable[[bool], Stage]] = {
-    "uniform ranks": lambda weighted: Pack(SVD(part=0.5, weighted=weighted), samples=SAMPLES),
+    "uniform ranks": lambda weighted: Pack(SVD(part=0.5, spatial=True, weighted=weighted), samples=SAMPLES),
     "ENC-Map": lambda weighted: ENC(0.5, weighted=weighted, samples=SAMPLES),
-    "ENC-Map, by space": lambda weighted: ENC(0.5, spatial=True, weighted=weighted, samples=SAMPLES),
+    "ENC-Map, by channels": lambda weighted: ENC(0.5, spatial=False, weighted=weighted, samples=SAMPLES),
     "ENC-Model": lambda weighted: ENC(0.5, by="model", weighted=weighted, samples=SAMPLES),
     "ENC-Inf": lambda weighted: ENC(0.5, by="inf", weighted=weighted, samples=SAMPLES, candidates=10, scored=500),
 }

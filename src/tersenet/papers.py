@@ -203,11 +203,12 @@ def weightless(
 
 
 def enc(
-    macs: float = 0.5, by: str = "map", spatial: bool = False, weighted: bool = True, epochs: int = 1, seed: int = 0
+    macs: float = 0.5, by: str = "map", spatial: bool = True, weighted: bool = True, epochs: int = 1, seed: int = 0
 ) -> Recipe:
     """ENC (Kim, Khan, Kyung 2019): layers in two by SVD, ranks chosen without training, then a short tuning.
 
-    `macs` of the multiplications are left; ranks by "map", "model" or "inf". `weighted` SVDs lose least in the metric
+    `macs` of the multiplications are left; ranks by "map", "model" or "inf". Kernels are factored by space, or by
+    channels, as the paper does in residual networks, where `spatial` is not set. `weighted` SVDs lose least in the metric
     of the layers' data, which the paper has not.
     """
     return ENC(macs, by=by, spatial=spatial, weighted=weighted, seed=seed), Finetune(epochs, seed=seed), Narrow()

@@ -47,14 +47,14 @@ class ENC:
 
     The ranks are chosen by "map", "model" or "inf": by singular values alone, or among the `candidates` best by the
     metric on up to `scored` samples of the task's data for choosing. `weighted` SVDs lose least in the metric of
-    `samples` training inputs. Layers without a chain (grouped and transposed convolutions, tied weights) stay whole. The
-    paper leaves the first and the last layer whole, which rules (`keep`) do here.
+    `samples` training inputs. Layers without a chain (grouped and transposed convolutions, tied weights) stay whole.
+    The paper leaves the first and the last layer whole, which rules (`keep`) do here.
     """
 
     macs: float | None = None
     density: float | None = None
     by: str = "map"
-    spatial: bool = False
+    spatial: bool = True
     weighted: bool = True
     samples: int = 512
     candidates: int = 40
