@@ -207,9 +207,9 @@ def enc(
 ) -> Recipe:
     """ENC (Kim, Khan, Kyung 2019): layers in two by SVD, ranks chosen without training, then a short tuning.
 
-    `macs` of the multiplications are left; ranks by "map", "model" or "inf". Kernels are factored by space, or by
-    channels, as the paper does in residual networks, where `spatial` is not set. `weighted` SVDs lose least in the metric
-    of the layers' data, which the paper has not.
+    `macs` of the multiplications are left; ranks by "map", "model" or "inf". Kernels are factored by space or,
+    as the paper does in residual networks, by channels. `weighted` SVDs lose least in the metric of the layers' data,
+    which the paper has not.
     """
     return ENC(macs, by=by, spatial=spatial, weighted=weighted, seed=seed), Finetune(epochs, seed=seed), Narrow()
 
