@@ -30,6 +30,7 @@ from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lowrank import ENC
 from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
@@ -140,6 +141,7 @@ WORK = {
     "train-levels": (TrainLevels(1), TrainLevels(0)),
     "narrow": (Narrow(), Narrow()),
     "waterfill": (Waterfill(0.01, samples=64), None),
+    "enc": (ENC(0.7, samples=64), ENC(1.0)),
 }
 KINDS = (
     "dense", "Sparse", "Sliced", "Sliced(Sparse)", "Codebook", "Codebook of vectors", "Sparse(Codebook)",

@@ -56,6 +56,8 @@ NOTES = [
     "folded: its scale went into the layer before it",
     "dense: kept by a rule",
     "dense: no result depends on it, so what its method needs is not known",
+    "dense: no rank that was asked for saves anything",
+    "dense: left whole by the ranks that were chosen",
 ]
 REQUIRED, DEFLATED = 1, 2  # flags of a section
 NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from tersenet.allocators.amc import AMC
 from tersenet.budget import Budget
 from tersenet.methods import Method, chain
+from tersenet.methods.factorize import Tucker2
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
+from tersenet.methods.tensor_train import TensorTrain
 from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.run import Recipe, Stage
@@ -17,6 +19,7 @@ from tersenet.stages.finetune import Distill, Finetune
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lowrank import ENC
 from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
@@ -199,6 +202,35 @@ def weightless(
     )
 
 
+def enc(
+    macs: float = 0.5, by: str = "map", spatial: bool = True, weighted: bool = True, epochs: int = 1, seed: int = 0
+) -> Recipe:
+    """ENC (Kim, Khan, Kyung 2019): layers in two by SVD, ranks chosen without training, then a short tuning.
+
+    `macs` of the multiplications are left; ranks by "map", "model" or "inf". Kernels are factored by space or,
+    as the paper does in residual networks, by channels. `weighted` SVDs lose least in the metric of the layers' data,
+    which the paper has not.
+    """
+    return ENC(macs, by=by, spatial=spatial, weighted=weighted, seed=seed), Finetune(epochs, seed=seed), Narrow()
+
+
+def tucker_vbmf(scale: float = 1.0, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Tucker-2 with ranks by variational Bayes (Kim, Park, Yoo, Choi, Yang, Shin 2016), then a short tuning.
+
+    The ranks that EVBMF finds are multiplied by `scale`.
+    """
+    return Pack(Tucker2(scale=scale)), Finetune(epochs, seed=seed), Narrow()
+
+
+def tensor_train(part: float = 0.5, cores: int = 3, epochs: int = 1, seed: int = 0) -> Recipe:
+    """Tensor trains of matrices and kernels (Novikov et al. 2015; Garipov et al. 2016), then a short tuning.
+
+    The cap on the ranks is a `part` of the largest that saves anything. The papers train from the beginning; here the
+    cores begin as those of the given weights.
+    """
+    return Pack(TensorTrain(part=part, cores=cores)), Finetune(epochs, seed=seed), Narrow()
+
+
 def _rounds(density: float) -> int:
     if not 0 < density <= 1:
         raise ValueError(f"a density is in (0, 1], not {density}")
@@ -224,4 +256,7 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "inq": inq,
     "lsq": lsq,
     "weightless": weightless,
+    "enc": enc,
+    "tucker-vbmf": tucker_vbmf,
+    "tensor-train": tensor_train,
 }

@@ -138,7 +138,7 @@ def _after(stage: Stage, draft: Draft, lines: Mapping[str, Line], before: bool) 
                 changed[n] = _does(lines[n], f"packed by {name} with {method}", rule, settled=before, **left)
             elif rule:
                 changed[n] = _does(lines[n], f"left out by {name}", rule)
-    elif (part := getattr(stage, "density", getattr(stage, "macs", None))) is not None:
+    elif (part := getattr(stage, "density", None) or getattr(stage, "macs", None)) is not None:
         ruled = chosen(draft, getattr(stage, "rules", ()))
         for n in weights:
             rule, density = ruled.get(n, ("", part))

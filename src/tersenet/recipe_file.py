@@ -44,11 +44,14 @@ from pydantic import (
 
 from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.methods import Chain, Method
+from tersenet.methods.cp import CP
+from tersenet.methods.factorize import SVD, Tucker2
 from tersenet.methods.fixed_point import FixedPoint, PowersOfTwo, Ternary
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
 from tersenet.methods.surgeon import SparseGPT
+from tersenet.methods.tensor_train import TensorTrain
 from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
@@ -58,6 +61,7 @@ from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lowrank import ENC
 from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
@@ -88,6 +92,7 @@ STAGES: dict[str, type] = {
     "channels": Channels,
     "search-channels": SearchChannels,
     "drop-dead": DropDead,
+    "enc": ENC,
 }
 METHODS: dict[str, type] = {
     "magnitude": Magnitude,
@@ -99,6 +104,10 @@ METHODS: dict[str, type] = {
     "powers-of-two": PowersOfTwo,
     "kernel-dct": KernelDCT,
     "sparsegpt": SparseGPT,
+    "svd": SVD,
+    "tucker2": Tucker2,
+    "cp": CP,
+    "tensor-train": TensorTrain,
 }
 SEARCHES: dict[str, type] = {"amc": AMC, "random": RandomSearch}
 SCALAR = ("int", "str")  # what pydantic says of the ways to write one value

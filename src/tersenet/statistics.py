@@ -56,7 +56,7 @@ def packed(tree: Tree, method: Method, known: Moments | None) -> Tree:
     if known is None:
         return repack(tree, method)
     form, shape = known.form, tuple(tree.shape)
-    stats = {need: _read(known, need) for need in method.needs}
+    stats = {need: read(known, need) for need in method.needs}
     turned = bool({"inputs", "outputs"} & set(method.needs)) and not form.straight and not isinstance(tree, Packed)
     if "weights" in stats:
         ordered = stats["weights"].reshape(form.ordered)
@@ -67,7 +67,8 @@ def packed(tree: Tree, method: Method, known: Moments | None) -> Tree:
     return Reshaped(made, form.split, form.axes, shape) if isinstance(made, Packed) else tree
 
 
-def _read(known: Moments, need: str) -> Array:
+def read(known: Moments, need: str) -> Array:
+    """One of the statistics of a weight, as methods get it."""
     form = known.form
     if need == "weights":
         rows, columns = (_diagonals(part) for part in (known.outputs, known.inputs))

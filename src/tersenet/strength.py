@@ -1,7 +1,7 @@
 """How strong a recipe is: the setting of its own that decides the size of the file, and the search for the size.
 
-A stage with a `budget` takes the size as it is. Else all densities of a recipe, or parts of the MACs, or bits, are made
-smaller together: a density d becomes d^e, so that rounds of pruning keep their proportions.
+A stage with a `budget` takes the size as it is. Else all densities of a recipe, or parts of the MACs or of ranks, or
+bits, are made smaller together: a density d becomes d^e, so that rounds of pruning keep their proportions.
 """
 
 import math
@@ -14,8 +14,9 @@ from tersenet.artifact import Coding
 from tersenet.budget import Budget, UnmetBudget
 from tersenet.run import Recipe, Stage
 
-SETTINGS = ("density", "macs", "bits")  # the first that a recipe has is its own
-UNTRAINED = {"epochs": 0, "final": 0, "tune": 0, "episodes": 1, "retrain": "none"}  # what makes a run a quick one
+SETTINGS = ("density", "macs", "part", "scale", "bits")  # the first that a recipe has is its own
+# What makes a run a quick one.
+UNTRAINED = {"epochs": 0, "final": 0, "tune": 0, "episodes": 1, "candidates": 1, "retrain": "none"}
 RUNS, USED = 4, 0.97  # of the whole recipe at most, and the part of the budget from which on a file is good enough
 STRONGER = 1.5  # from one power to the next, as long as all tried keep a drop, or none does
 Found = TypeVar("Found")
@@ -171,6 +172,8 @@ def _changed(value: Any, change: Callable[[str, Any], Any]) -> Any:
 def _power(value: Any, e: float, name: str) -> Any:
     if e == 1:
         return value
+    if name == "scale":
+        return value / e
     if name == "bits":
         return min(12, max(2, round(value / e)))
     return min(1.0, max(1e-6, value**e))

@@ -238,17 +238,23 @@ class SearchChannels:
         check([self], draft, task)
         assert task is not None
         plan, model = Plan.of(draft, task, self.samples, self.search.seed), draft.module()
-        part: list[Batch] = []
-        for batch in task.held().batches(min(500, self.scored)):
-            if part and sum(samples(inputs) for inputs, _ in (*part, batch)) > self.scored:
-                break
-            part.append(batch)
+        part = some(task, self.scored)
 
         def score(pruned: Draft) -> float:
             return float(task.metric.gain(task.score(part, artifact_of(pruned).into(model)), 0.0))
 
         key = key_of((draft.tensors, self), "search")[:24]
         return plan.pruned(self.search.allocate(plan.problem(self.macs, score), draft.journal, key))
+
+
+def some(task: Task, count: int) -> list[Batch]:
+    """Batches of up to so many samples of the data that choices are made on."""
+    part: list[Batch] = []
+    for batch in task.held().batches(min(500, count)):
+        if part and sum(samples(inputs) for inputs, _ in (*part, batch)) > count:
+            break
+        part.append(batch)
+    return part
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tersenet.methods import STATISTICS, Method
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import (
     Array,
+    Factored,
     Packed,
     Reshaped,
     Sliced,
@@ -26,10 +27,11 @@ from tersenet.packed import (
 )
 from tersenet.statistics import packed, statistics
 from tersenet.structure import is_plain, once, refilled
-from tersenet.task import Task
+from tersenet.task import Task, one_thread
 from tersenet.where import Where, chosen_with_vectors, vectors
 
 NO_GAIN = "dense: smaller than its codebook"
+NO_RANK = "dense: no rank that was asked for saves anything"
 LEFT_OUT = "dense: left out by the recipe"
 UNSEEN = "dense: no result depends on it, so what its method needs is not known"
 
@@ -119,14 +121,15 @@ def repacked(draft: Draft, task: Task | None, choices: Choices, samples: int, se
             notes[name] = UNSEEN
         else:
             try:
-                tree = packed(before, methods[name], known.get(name))
+                with one_thread():
+                    tree = packed(before, methods[name], known.get(name))
             except ValueError as wrong:
                 raise ValueError(f"{name}: {wrong}") from None
             _check(name, methods[name], tree)
             if _floats(tree) < _floats(before):
                 trees[name] = tree
             else:
-                notes[name] = NO_GAIN
+                notes[name] = NO_RANK if Factored in getattr(methods[name], "makes", ()) else NO_GAIN
     notes = {name: note for name, note in notes.items() if not isinstance(draft.tensors[name].tree, Packed)}
     rules = {name: choices[name][0] for name in trees if choices[name][0]}
     return replace(draft.with_trees(trees).with_notes(notes), rules={**draft.rules, **rules})
