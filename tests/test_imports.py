@@ -27,7 +27,8 @@ MAY = {
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
                     " likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
-              " tracing norms structure contract where statistics checkpoint key journal cores bloomier splitmix chains",
+              " tracing norms structure contract where statistics checkpoint key journal cores bloomier"
+             " splitmix chains",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
     "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages"
                " strength task where",
