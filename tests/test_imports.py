@@ -28,7 +28,7 @@ MAY = {
                     " likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores bloomier"
-             " splitmix chains",
+              " splitmix chains",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
     "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages"
                " strength task where",
