@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersenet.methods.factorize import PART, one_of, products, ranked, single
+from tersenet.methods.factorize import PART, products, ranked, settle, single
 from tersenet.packed import Array, Factored, Packed, Tree
 
 RIDGE = 1e-6  # as a part of the mean diagonal of the normal equations
@@ -37,9 +37,7 @@ class CP:
     makes: ClassVar[tuple[type[Packed], ...]] = (Factored,)
 
     def __post_init__(self) -> None:
-        if self.rank is None and self.part is None:
-            object.__setattr__(self, "part", PART)
-        one_of(self, rank=self.rank, part=self.part)
+        settle(self, "part", PART, ("rank", "part"))
         if self.turns < 1:
             raise ValueError("CP takes at least one turn")
 

@@ -118,14 +118,21 @@ def ranked(rank: int | None, part: float | None, most: int) -> int:
     return rank if rank is not None else max(1, int((part or 0) * most))
 
 
-def one_of(method: object, **given: float | tuple[int, ...] | None) -> None:
-    """Raises ValueError unless exactly one of these settings of a method is given, and within its bounds."""
+def settle(method: object, usual: str, otherwise: float, names: tuple[str, ...]) -> None:
+    """Give the usual one of some settings a value where none of them is given.
+
+    Raises ValueError where more than one is, or one is out of its bounds.
+    """
+    given = {name: getattr(method, name) for name in names}
+    if all(one is None for one in given.values()):
+        given[usual] = otherwise
+        object.__setattr__(method, usual, otherwise)
     name, known = type(method).__name__, {k: v for k, v in given.items() if v is not None}
     if len(known) != 1:
         raise ValueError(f"{name} takes one of {', '.join(given)}")
     for setting, value in known.items():
         least = min(value) if isinstance(value, tuple) else value
-        if least <= 0 or (setting == "part" and least > 1) or (setting == "ranks" and len(value) != 2):  # type: ignore[arg-type]
+        if least <= 0 or (setting == "part" and least > 1) or (setting == "ranks" and len(value) != 2):
             raise ValueError(f"{name}: {setting} is {value}; ranks are 1 or more, a part is in (0, 1], a scale above 0")
 
 
@@ -144,9 +151,7 @@ class SVD:
     makes: ClassVar[tuple[type[Packed], ...]] = (Factored,)
 
     def __post_init__(self) -> None:
-        if self.rank is None and self.part is None:
-            object.__setattr__(self, "part", PART)
-        one_of(self, rank=self.rank, part=self.part)
+        settle(self, "part", PART, ("rank", "part"))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -177,9 +182,7 @@ class Tucker2:
     makes: ClassVar[tuple[type[Packed], ...]] = (Factored,)
 
     def __post_init__(self) -> None:
-        if self.ranks is None and self.part is None and self.scale is None:
-            object.__setattr__(self, "scale", 1.0)
-        one_of(self, ranks=self.ranks, part=self.part, scale=self.scale)
+        settle(self, "scale", 1.0, ("ranks", "part", "scale"))
 
     def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Tree:
         if w.ndim < 2:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from tersenet.methods.kmeans import shared
 from tersenet.packed import Array, Codebook, Packed, Uniform, narrowed
 
 THRESHOLD = 0.7  # of the mean |w|: under it a ternary weight is zero
@@ -78,10 +79,7 @@ class PowersOfTwo:
 
     def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Packed:
         w = np.asarray(w, np.float32)
-        codewords, cuts = powers(float(np.abs(w).max(initial=0)), self.bits)
-        index = np.searchsorted(cuts, w.reshape(-1).astype(np.float64))
-        used, index = np.unique(index, return_inverse=True)
-        return Codebook(narrowed(index.reshape(w.shape)), codewords[used][:, None])
+        return shared(w, *powers(float(np.abs(w).max(initial=0)), self.bits))
 
 
 def powers(top: float, bits: int) -> tuple[Array, Array]:

@@ -106,6 +106,13 @@ def filled(values: Array, centroids: Array, weights: Array) -> Array:
     return centroids
 
 
+def shared(w: Array, codewords: Array, cuts: Array) -> Codebook:
+    """Values as numbers of ascending codewords, between which the cuts lie; those that no value has are left out."""
+    index = np.searchsorted(cuts, w.reshape(-1).astype(np.float64))
+    used, index = np.unique(index, return_inverse=True)
+    return Codebook(narrowed(index.reshape(w.shape)), codewords[used][:, None])
+
+
 @dataclass(frozen=True)
 class KMeans:
     """At most 2^bits shared values; `weighted` counts errors by the Fisher information of weights, `stats["weights"]`.
@@ -146,10 +153,7 @@ class KMeans:
         else:
             centroids = filled(values, self._start(values, k), mass)
         codewords = np.unique(centroids.astype(np.float32))
-        cuts = (codewords[1:].astype(np.float64) + codewords[:-1]) / 2
-        index = np.searchsorted(cuts, flat)
-        used, index = np.unique(index, return_inverse=True)
-        return Codebook(narrowed(index.reshape(w.shape)), codewords[used][:, None])
+        return shared(w, codewords, (codewords[1:].astype(np.float64) + codewords[:-1]) / 2)
 
     def _start(self, values: Array, k: int) -> Array:
         if self.start == "linear":

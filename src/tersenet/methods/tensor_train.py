@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersenet.methods.factorize import PART, one_of, ranked, single
+from tersenet.methods.factorize import PART, ranked, settle, single
 from tersenet.packed import Array, Factored, Packed, Tree
 
 ROWS, COLUMNS, RANKS, PLACE = "abcdefg", "ijklmno", "tuvwxyz", "p"
@@ -38,9 +38,7 @@ class TensorTrain:
     makes: ClassVar[tuple[type[Packed], ...]] = (Factored,)
 
     def __post_init__(self) -> None:
-        if self.rank is None and self.part is None:
-            object.__setattr__(self, "part", PART)
-        one_of(self, rank=self.rank, part=self.part)
+        settle(self, "part", PART, ("rank", "part"))
         parts = len(self.rows)
         if not 2 <= (parts or self.cores) <= MOST or len(self.columns) != parts:
             raise ValueError(f"TensorTrain takes 2 to {MOST} cores, and as many parts of the rows as of the columns")

@@ -6,15 +6,16 @@ a few layers at a time, while all others make up for it (incremental layer compe
 again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tersenet.contract import DATA, PACKED, Kind, check
 from tersenet.draft import Draft
 from tersenet.methods import fixed_point, repack
+from tersenet.methods.kmeans import lloyd
 from tersenet.packed import Array, Codebook, Packed, Tree, narrowed, unpack
 from tersenet.stages.finetune import tune
 from tersenet.stages.layerwise import in_order
@@ -46,17 +47,14 @@ class SLQ:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
         assert task is not None
-        layers = {name: _Layer.of(draft, name) for name in draft.weights() if is_plain(draft.tensors[name].tree)}
-        clusters = 2 ** (self.bits - 1) + 1
-        for round_ in progress(range(self.rounds), "single-level quantization", self.rounds):
-            count = -(-clusters * (round_ + 1) // self.rounds)  # how many clusters are shared from now on
-            for name, layer in layers.items():
-                layer.read(draft, name)
-                layer.share(powers(layer.values, clusters), count)
-            draft = _placed(draft, layers)
-            if round_ + 1 < self.rounds:
-                draft = _trained(draft, task, layers, self.epochs, self.seed, round_)
-        return draft.with_trees({name: layer.packed(draft, name) for name, layer in layers.items()})
+        layers, clusters = _layers(draft, draft.weights()), 2 ** (self.bits - 1) + 1
+
+        def share(name: str, round_: int) -> None:
+            count = -(-clusters * round_ // self.rounds)  # how many clusters are shared from now on
+            layers[name].share(powers(layers[name].values, clusters), count)
+
+        steps = [(round_, list(layers)) for round_ in range(1, self.rounds + 1)]
+        return _in_steps(draft, task, layers, steps, share, (self.epochs, self.seed), "single-level quantization")
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,14 @@ class MLQ:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
         assert task is not None
-        names = [name for name in in_order(draft, task) if is_plain(draft.tensors[name].tree)]
-        layers = {name: _Layer.of(draft, name) for name in names}
-        steps = [(round_, group) for round_ in range(1, self.rounds + 1) for group in _groups(names, self.groups)]
-        for k, (round_, group) in enumerate(progress(steps, "multi-level quantization", len(steps))):
-            for name in group:
-                layers[name].read(draft, name)
-                layers[name].share_within(round_ / self.rounds)
-            draft = _placed(draft, layers)
-            if k + 1 < len(steps):
-                draft = _trained(draft, task, layers, self.epochs, self.seed, k)
-        return draft.with_trees({name: layer.packed(draft, name) for name, layer in layers.items()})
+        layers = _layers(draft, in_order(draft, task))
+
+        def share(name: str, round_: int) -> None:
+            layers[name].share_within(round_ / self.rounds)
+
+        rounds = range(1, self.rounds + 1)
+        steps = [(round_, group) for round_ in rounds for group in _groups(list(layers), self.groups)]
+        return _in_steps(draft, task, layers, steps, share, (self.epochs, self.seed), "multi-level quantization")
 
 
 @dataclass(frozen=True)
@@ -118,18 +113,42 @@ class INQ:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
         assert task is not None
-        layers = {name: _Layer.of(draft, name) for name in draft.weights() if is_plain(draft.tensors[name].tree)}
-        tables = {
-            name: fixed_point.powers(float(np.abs(a.values).max(initial=0)), self.bits) for name, a in layers.items()
-        }
-        for k, part in enumerate(progress(self.portions, "incremental quantization", len(self.portions))):
-            for name, layer in layers.items():
-                layer.read(draft, name)
-                layer.round(*tables[name], part)
-            draft = _placed(draft, layers)
-            if part < 1:
-                draft = _trained(draft, task, layers, self.epochs, self.seed, k)
-        return draft.with_trees({name: layer.packed(draft, name) for name, layer in layers.items()})
+        layers = _layers(draft, draft.weights())
+        tops = {name: float(np.abs(layer.values).max(initial=0)) for name, layer in layers.items()}
+
+        def share(name: str, part: float) -> None:
+            layers[name].round(*fixed_point.powers(tops[name], self.bits), part)
+
+        steps = [(part, list(layers)) for part in self.portions]
+        return _in_steps(draft, task, layers, steps, share, (self.epochs, self.seed), "incremental quantization")
+
+
+def _layers(draft: Draft, names: Iterable[str]) -> dict[str, "_Layer"]:
+    """The plain ones of the named weights."""
+    return {name: _Layer.of(draft, name) for name in names if is_plain(draft.tensors[name].tree)}
+
+
+def _in_steps(
+    draft: Draft,
+    task: Task,
+    layers: "dict[str, _Layer]",
+    steps: Sequence[tuple[Any, Sequence[str]]],
+    share: Callable[[str, Any], None],
+    training: tuple[int, int],
+    label: str,
+) -> Draft:
+    """The draft after steps that each share more of some layers by `share(name, step)`, what is free trained between.
+
+    `training` are the epochs after each step but the last, and the seed.
+    """
+    for k, (step, names) in enumerate(progress(steps, label, len(steps))):
+        for name in names:
+            layers[name].read(draft, name)
+            share(name, step)
+        draft = _placed(draft, layers)
+        if k + 1 < len(steps):
+            draft = _trained(draft, task, layers, *training, k)
+    return draft.with_trees({name: layer.packed(draft, name) for name, layer in layers.items()})
 
 
 def powers(values: Array, clusters: int) -> Array:
@@ -237,15 +256,12 @@ class _Given:
 
 def _clustered(values: Array, start: Array, zero: float | None) -> Array:
     """Centroids after Lloyd's steps; one that has to be zero stays so, and one without members where it is."""
-    centroids = np.sort(start.astype(np.float64))
+    ordered, ones, centroids = np.sort(values), np.ones(values.size), np.sort(start.astype(np.float64))
     for _ in range(STEPS):
-        own = _nearest(values, centroids)
-        count = np.bincount(own, minlength=len(centroids))
-        means = np.bincount(own, values, len(centroids)) / np.maximum(count, 1)
-        moved = np.where(count > 0, means, centroids)
+        least = int(np.abs(centroids).argmin())
+        centroids = lloyd(ordered, centroids, ones, 1)
         if zero is not None:
-            moved[np.abs(centroids).argmin()] = zero
-        centroids = moved
+            centroids[least] = zero
     return centroids
 
 

@@ -55,25 +55,25 @@ class Weightless:
         trainable, floor = draft.trainable, -np.inf
         if self.within is not None:
             floor = task.metric.gain(task.score(task.held(), draft.module()), 0.0) - self.within
-        for k, name in enumerate(progress(names, "Bloomier filters", len(names))):
+        for name in progress(names, "Bloomier filters", len(names)):
             most = sizes[name]
             assert most is not None
             tried = range(most if self.within is None else self.bits + 1, most + 1)
             for cells in tried:
-                after = self._encoded(draft, task, name, cells, last=k + 1 == len(names))
+                after = self._encoded(draft, task, name, cells)
                 if cells == most or task.metric.gain(task.score(task.held(), after.module()), 0.0) >= floor:
                     break
             draft = after
         return replace(draft, trainable=trainable)
 
-    def _encoded(self, draft: Draft, task: Task, name: str, cells: int, last: bool) -> Draft:
+    def _encoded(self, draft: Draft, task: Task, name: str, cells: int) -> Draft:
         """The draft with a weight in a filter, which is kept as it is while the others are trained."""
         held = draft.tensors[name]
         draft = draft.with_trees({name: filtered(held.tree, self.bits, cells, self.seed)})
         own = draft.tensors[name]
         free = frozenset(n for n in draft.trainable if draft.tensors[n] is not own)
         schedule = replace(task.schedule, epochs=max(self.tune, 1), lr=task.schedule.lr / 10, drops=(0.5,))
-        epochs = range(0 if last and not free else self.tune)
+        epochs = range(self.tune if free else 0)
         return tune(replace(draft, trainable=free), task, schedule, epochs, self.seed, f"retraining after {name}")
 
 
