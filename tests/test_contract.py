@@ -35,6 +35,7 @@ from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.stages.recalibrate import Recalibrate
 from tersenet.stages.universal import Universal
 from tersenet.stages.waterfill import Waterfill
 from tersenet.stages.weightless import Weightless, filtered
@@ -141,6 +142,7 @@ WORK = {
     "train-levels": (TrainLevels(1), TrainLevels(0)),
     "narrow": (Narrow(), Narrow()),
     "waterfill": (Waterfill(0.01, samples=64), None),
+    "recalibrate": (Recalibrate(64), None),
     "enc": (ENC(0.7, samples=64), ENC(1.0)),
 }
 KINDS = (
@@ -323,7 +325,7 @@ def test_channels_stay_in_trees_that_cannot_lose_them(task, kinds):
     odd = Reshaped(Codebook(np.arange(72, dtype=np.uint8), w.reshape(-1, 1)), (72,), (0,), w.shape)
     after = DropDead()(draft.with_trees({"1.weight": odd}), task)
     assert after.tensors["1.weight"].tree is odd
-    assert after.tensors["1.weight"].note.startswith("its dead channels stay: axis 0 of (8, 1, 3, 3) is none of")
+    assert load(artifact_of(after).to_bytes()).tensors["1.weight"].note.startswith("packed so that its dead channels")
     assert kept_places(after.tensors["2.weight"].tree, 0).tolist() == list(range(8))
 
 

@@ -58,6 +58,8 @@ NOTES = [
     "dense: no result depends on it, so what its method needs is not known",
     "dense: no rank that was asked for saves anything",
     "dense: left whole by the ranks that were chosen",
+    "packed so that its dead channels cannot go alone",
+    "dense: a statistic of the network as it is here",
 ]
 REQUIRED, DEFLATED = 1, 2  # flags of a section
 NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)

@@ -24,6 +24,7 @@ from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.stages.recalibrate import Recalibrate
 from tersenet.stages.universal import Universal
 from tersenet.stages.waterfill import Waterfill
 from tersenet.stages.weightless import Weightless
@@ -211,7 +212,8 @@ def enc(
     as the paper does in residual networks, by channels. `weighted` SVDs lose least in the metric of the layers' data,
     which the paper has not.
     """
-    return ENC(macs, by=by, spatial=spatial, weighted=weighted, seed=seed), Finetune(epochs, seed=seed), Narrow()
+    ranks = ENC(macs, by=by, spatial=spatial, weighted=weighted, seed=seed)
+    return ranks, Recalibrate(), Finetune(epochs, seed=seed), Narrow()
 
 
 def tucker_vbmf(scale: float = 1.0, epochs: int = 1, seed: int = 0) -> Recipe:
@@ -219,7 +221,7 @@ def tucker_vbmf(scale: float = 1.0, epochs: int = 1, seed: int = 0) -> Recipe:
 
     The ranks that EVBMF finds are multiplied by `scale`.
     """
-    return Pack(Tucker2(scale=scale)), Finetune(epochs, seed=seed), Narrow()
+    return Pack(Tucker2(scale=scale)), Recalibrate(), Finetune(epochs, seed=seed), Narrow()
 
 
 def tensor_train(part: float = 0.5, cores: int = 3, epochs: int = 1, seed: int = 0) -> Recipe:
@@ -228,7 +230,7 @@ def tensor_train(part: float = 0.5, cores: int = 3, epochs: int = 1, seed: int =
     The cap on the ranks is a `part` of the largest that saves anything. The papers train from the beginning; here the
     cores begin as those of the given weights.
     """
-    return Pack(TensorTrain(part=part, cores=cores)), Finetune(epochs, seed=seed), Narrow()
+    return Pack(TensorTrain(part=part, cores=cores)), Recalibrate(), Finetune(epochs, seed=seed), Narrow()
 
 
 def _rounds(density: float) -> int:

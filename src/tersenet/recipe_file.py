@@ -66,6 +66,7 @@ from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
+from tersenet.stages.recalibrate import Recalibrate
 from tersenet.stages.universal import Universal
 from tersenet.stages.waterfill import Waterfill
 from tersenet.stages.weightless import Weightless
@@ -93,6 +94,7 @@ STAGES: dict[str, type] = {
     "search-channels": SearchChannels,
     "drop-dead": DropDead,
     "enc": ENC,
+    "recalibrate": Recalibrate,
 }
 METHODS: dict[str, type] = {
     "magnitude": Magnitude,

@@ -31,6 +31,7 @@ from tersenet.structure import is_plain, kept_places, refilled, sliced, support
 from tersenet.task import Task, one_thread
 from tersenet.tracing.coupling import Coupling
 
+STUCK = "packed so that its dead channels cannot go alone"
 UNFIT = dict.fromkeys(PACKED, "take out channels before packing")
 RUN: dict[Kind, str] = {DATA: "finds channels by running the network: give a Task with training data"}
 
@@ -279,8 +280,8 @@ class DropDead:
             try:
                 for name, along in _going(apart, coupling, gone).items():
                     trees[name] = _sliced(apart.tensors[name].tree, along)
-            except ValueError as wrong:
-                stuck[name] = f"its dead channels stay: {wrong}"
+            except ValueError:
+                stuck[name] = STUCK
                 stay |= {coupling.root(n) for axis in along for n in coupling.axes[name, axis]}
                 continue
             return (apart.with_trees(trees) if trees else draft).with_notes(stuck)
