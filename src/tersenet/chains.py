@@ -3,7 +3,8 @@
 The einsum is read as a path from the input's channels to the output's. A factor that leads from one letter to the next
 is a layer, with the kernel that its other letters span; one that has no next letter scales channels apart, as a
 depthwise convolution. So SVD "or,ri->oi", Tucker-2 "or,rshw,si->oihw", CP "or,rh,rw,ri->oihw" and longer chains need no
-rules of their own. What is no path, such as a tensor train, is no chain.
+rules of their own. What is no path, such as a tensor train, is no chain. A sparse weight whose rows read every so many
+of the input's channels is a convolution in groups, behind channels that are shuffled.
 """
 
 import math
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tersenet.packed import Array, Factored, unpack
+from tersenet.packed import Array, Factored, Sparse, Tree, unpack
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -70,6 +71,43 @@ def chained(layer: nn.Module, tree: Factored, steps: Sequence[Step]) -> nn.Seque
             one.bias = bias
         made.append(one)
     return nn.Sequential(*made).train(layer.training)
+
+
+def groups_of(layer: nn.Module, tree: Tree) -> int:
+    """How many groups of shuffled channels a convolution with this weight has, or 0: row o reads each i = o's group."""
+    fits = type(layer) in CONVOLUTIONS and not layer._forward_hooks and not layer._forward_pre_hooks
+    if not fits or not isinstance(tree, Sparse) or layer.groups != 1 or not tree.mask.size:
+        return 0
+    rows, inputs = tree.shape[:2]
+    reads = np.asarray(tree.mask).reshape(rows, inputs, -1)
+    groups = inputs // max(1, int(reads[0].any(1).sum()))
+    if groups < 2 or rows % groups or inputs % groups:
+        return 0
+    wanted = np.arange(rows)[:, None] * groups // rows == np.arange(inputs) % groups
+    return groups if bool((reads == wanted[..., None]).all()) else 0
+
+
+def grouped(layer: Any, groups: int) -> nn.Sequential:
+    """The convolution in groups, behind its shuffled channels, that says the same."""
+    made = type(layer)(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
+        layer.bias is not None, layer.padding_mode, device="meta",
+    )  # fmt: skip
+    weight, rows = layer.weight.detach(), layer.out_channels // groups
+    within = torch.cat([weight[g * rows : (g + 1) * rows, g::groups] for g in range(groups)])
+    made.weight = nn.Parameter(within, layer.weight.requires_grad)
+    made.bias = layer.bias
+    return nn.Sequential(nn.ChannelShuffle(layer.in_channels // groups), made).train(layer.training)
+
+
+def together(within: Array, groups: int) -> Array:
+    """The whole weight [O, I, ..] of one in groups [O, I / groups, ..], zeros elsewhere."""
+    rows, inputs, *kernel = within.shape
+    whole = np.zeros((rows, inputs * groups, *kernel), within.dtype)
+    for g in range(groups):
+        own = slice(g * rows // groups, (g + 1) * rows // groups)
+        whole[own, g::groups] = within[own]
+    return whole
 
 
 def _layer(layer: nn.Module, step: Step, first: bool, biased: bool) -> nn.Module:

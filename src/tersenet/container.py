@@ -60,6 +60,7 @@ NOTES = [
     "dense: left whole by the ranks that were chosen",
     "packed so that its dead channels cannot go alone",
     "dense: a statistic of the network as it is here",
+    "dense: not of the shape that compact filters need",
 ]
 REQUIRED, DEFLATED = 1, 2  # flags of a section
 NONE, NUMBER, TEXT, TUPLE, ARRAY, NODE = range(6)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from tersenet.allocators.amc import AMC
 from tersenet.budget import Budget
 from tersenet.methods import Method, chain
+from tersenet.methods.compact import CReLU, Fire, Grouped, Rotations, Separable
 from tersenet.methods.factorize import Tucker2
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.product import Product
@@ -233,6 +234,22 @@ def tensor_train(part: float = 0.5, cores: int = 3, epochs: int = 1, seed: int =
     return Pack(TensorTrain(part=part, cores=cores)), Recalibrate(), Finetune(epochs, seed=seed), Narrow()
 
 
+COMPACT: dict[str, Method] = {
+    "separable": Separable(), "fire": Fire(), "grouped": Grouped(), "crelu": CReLU(), "rotations": Rotations(),
+}  # fmt: skip
+
+
+def compact_filters(kind: str = "separable", epochs: int = 5, lr: float = 0.01, seed: int = 0) -> Recipe:
+    """Kernels of a compact form, begun as the nearest to the given ones, then distilled from the given network.
+
+    "separable" (Howard et al. 2017), "fire" (Iandola et al. 2016), "grouped" (Zhang et al. 2018), "crelu" (Shang et al.
+    2016) or "rotations" (Cohen and Welling 2016). The papers train from the beginning, with activations between.
+    """
+    if kind not in COMPACT:
+        raise ValueError(f"compact filters are one of {', '.join(COMPACT)}, not {kind!r}")
+    return Pack(COMPACT[kind]), Recalibrate(), Distill(epochs, lr, temperature=3.0, seed=seed), Narrow()
+
+
 def _rounds(density: float) -> int:
     if not 0 < density <= 1:
         raise ValueError(f"a density is in (0, 1], not {density}")
@@ -261,4 +278,5 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "enc": enc,
     "tucker-vbmf": tucker_vbmf,
     "tensor-train": tensor_train,
+    "compact-filters": compact_filters,
 }

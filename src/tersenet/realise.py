@@ -1,8 +1,9 @@
 """Trees become modules here: a draft or file as a network that is really smaller, and the way back.
 
 Where the weight of a layer is `Sliced`, the layer loses the channels that are gone, as `SMALLER` says for its type.
-Where it is `Factored`, the layer becomes a chain of ordinary layers (`chains.py`). Everything else stays dense in the
-user's own layer. `absorb` brings weights that were tuned in the small form back into the same trees.
+Where it is `Factored`, or `Sparse` in groups of channels, the layer becomes a chain of ordinary layers (`chains.py`).
+Everything else stays dense in the user's own layer. `absorb` brings weights that were tuned in the small form back into
+the same trees.
 """
 
 import warnings
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from tersenet.artifact import Artifact, Tensor, as_stored
-from tersenet.chains import Step, chained, steps_of
+from tersenet.chains import Step, chained, grouped, groups_of, steps_of, together
 from tersenet.packed import Array, Factored, Packed, Tree
 from tersenet.structure import is_plain, placed, refilled, support, unsliced
 from tersenet.task import duplicate
@@ -26,11 +27,20 @@ Kept = Mapping[int, Array]  # the places of a tensor that stay, by axis
 
 @dataclass(frozen=True)
 class Smaller:
-    """What becomes of a layer: the places of its tensors that stay, its own numbers, and the steps of its chain."""
+    """What becomes of a layer: the places of its tensors that stay, its own numbers, and the steps of its chain.
+
+    Or it is one in `groups`, behind a shuffle.
+    """
 
     parts: Mapping[str, Kept] = field(default_factory=dict)
     numbers: Mapping[str, int] = field(default_factory=dict)
     steps: Sequence[Step] = ()
+    groups: int = 0
+
+    @property
+    def last(self) -> str:
+        """Where the layer that has the bias lies in a chain."""
+        return "1." if self.groups else f"{len(self.steps) - 1}." if self.steps else ""
 
 
 def realise(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -48,10 +58,9 @@ def realise(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         for part, kept in smaller.parts.items():
             _shrink(layer, part, kept, _name(name, part))
         vars(layer).update(smaller.numbers)
-        if smaller.steps:
+        if smaller.last:
             tree, _ = unsliced(tensors[_name(name, "weight")].tree)
-            assert isinstance(tree, Factored)
-            made = chained(layer, tree, smaller.steps)
+            made = chained(layer, tree, smaller.steps) if isinstance(tree, Factored) else grouped(layer, smaller.groups)
             if not name:
                 return made
             above, _, own = name.rpartition(".")
@@ -74,13 +83,13 @@ def absorb(small: nn.Module, module: nn.Module, tensors: Mapping[str, Tensor]) -
         if part == "weight" and smaller.steps:
             chain = {k: moved[at] for k in range(len(smaller.steps)) if (at := _name(layer, f"{k}.weight")) in moved}
             tree = _refactored(name, tree, smaller.steps, chain)
-        else:
-            last = f"{len(smaller.steps) - 1}." if smaller.steps else ""
-            if (now := moved.get(_name(layer, last + part))) is not None:
-                whole = np.array(tensor.unpack())
-                kept = smaller.parts.get(part, {})
-                whole[np.ix_(*(kept.get(axis, np.arange(n)) for axis, n in enumerate(whole.shape)))] = now
-                tree = _refilled(name, tree, whole)
+        elif (now := moved.get(_name(layer, smaller.last + part))) is not None:
+            if smaller.groups and part == "weight":
+                now = together(now, smaller.groups)
+            whole = np.array(tensor.unpack())
+            kept = smaller.parts.get(part, {})
+            whole[np.ix_(*(kept.get(axis, np.arange(n)) for axis, n in enumerate(whole.shape)))] = now
+            tree = _refilled(name, tree, whole)
         found[name] = tensor if tree is tensor.tree else replace(tensor, tree=tree, error=None)
         one = found[first.setdefault(id(tensor), name)]
         if not np.array_equal(one.unpack(), found[name].unpack(), equal_nan=True):
@@ -113,11 +122,13 @@ def _plan(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Smaller
             continue
         if isinstance(tree, Factored) and all(kept[axis] is smaller.parts["weight"].get(axis) for axis in kept):
             smaller = replace(smaller, steps=steps_of(layer, tree))
+        if not kept:
+            smaller = replace(smaller, groups=groups_of(layer, tree))
         for part, places in smaller.parts.items():
             own = unsliced(tensors[_name(name, part)].tree)[1] if _name(name, part) in tensors else {}
             if any(not np.array_equal(there, places.get(axis, there)) for axis, there in own.items()):
                 raise ValueError(f"{_name(name, part)}: keeps other channels than {leading} does; slice both alike")
-        if any(smaller.parts.values()) or smaller.steps:
+        if any(smaller.parts.values()) or smaller.last:
             plan[name] = smaller
     return plan
 

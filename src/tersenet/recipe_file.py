@@ -44,6 +44,7 @@ from pydantic import (
 
 from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.methods import Chain, Method
+from tersenet.methods.compact import CReLU, Fire, Grouped, Rotations, Separable
 from tersenet.methods.cp import CP
 from tersenet.methods.factorize import SVD, Tucker2
 from tersenet.methods.fixed_point import FixedPoint, PowersOfTwo, Ternary
@@ -110,6 +111,11 @@ METHODS: dict[str, type] = {
     "tucker2": Tucker2,
     "cp": CP,
     "tensor-train": TensorTrain,
+    "separable": Separable,
+    "fire": Fire,
+    "grouped": Grouped,
+    "crelu": CReLU,
+    "rotations": Rotations,
 }
 SEARCHES: dict[str, type] = {"amc": AMC, "random": RandomSearch}
 SCALAR = ("int", "str")  # what pydantic says of the ways to write one value

@@ -129,7 +129,8 @@ def repacked(draft: Draft, task: Task | None, choices: Choices, samples: int, se
             if _floats(tree) < _floats(before):
                 trees[name] = tree
             else:
-                notes[name] = NO_RANK if Factored in getattr(methods[name], "makes", ()) else NO_GAIN
+                none = NO_RANK if Factored in getattr(methods[name], "makes", ()) else NO_GAIN
+                notes[name] = getattr(methods[name], "note", none)
     notes = {name: note for name, note in notes.items() if not isinstance(draft.tensors[name].tree, Packed)}
     rules = {name: choices[name][0] for name in trees if choices[name][0]}
     return replace(draft.with_trees(trees).with_notes(notes), rules={**draft.rules, **rules})
