@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from tersenet.methods.uniform import Uniform
 from tersenet.packed import Factored, Sliced, arrays, check_tree, unpack
 from tersenet.packed import Uniform as UniformNode
 from tersenet.realise import realise
-from tersenet.stages.lowrank import ENC, WHOLE
+from tersenet.stages.lowrank import ENC, WHOLE, by_accuracy
 from tersenet.stages.pack import NO_RANK, Narrow, Pack
 from tersenet.structure import nodes, sliced
 
@@ -161,6 +162,7 @@ def test_ranks_that_save_nothing_leave_the_weight_whole_and_say_so(method):
         (lambda: ENC(0.5, 0.5), "ENC takes a part"),
         (lambda: ENC(0.0), "ENC takes a part"),
         (lambda: ENC(by="best"), "map, model, inf"),
+        (lambda: ENC(metric="loss"), "energy, accuracy"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(make, told):
@@ -367,6 +369,32 @@ def test_inf_is_never_worse_than_the_model_on_the_data_that_it_looks_at(task):
         after = ENC(0.4, by=by, weighted=False, candidates=12, scored=1000)(draft, task)
         scores.append(task.score(task.held(), after.module()))
     assert scores[1] >= scores[0]
+
+
+def test_measured_curves_are_what_the_network_scores_with_one_layer_factored(task):
+    draft = Draft.of_model(task.model)
+    stage = ENC(0.5, weighted=False, scored=1000, metric="accuracy")
+    told = stage.layers(draft, task)
+    curves, data, whole = stage.measured(draft, task, told).curves, task.held(), task.score(task.held())
+    for name in ("3.weight", list(curves)[-1]):
+        curve, least = curves[name], int(curves[name].ranks[0])
+        alone = draft.with_trees({name: told.found[name].tree(least)})
+        assert curve.kept[0] == pytest.approx(min(1, task.score(data, alone.module()) / whole))
+        assert (np.diff(curve.kept) >= 0).all() and curve.kept[-1] == 1
+        assert np.array_equal(curve.costs, told.curves[name].costs)
+    after = stage(draft, task)
+    assert macs(realise(task.model, after.tensors), task.test[0]) <= 0.5 * macs(task.model, task.test[0])
+    assert artifact_of(after).to_bytes() != artifact_of(replace(stage, metric="energy")(draft, task)).to_bytes()
+
+
+def test_a_curve_by_accuracy_rises_between_its_points_whichever_way_the_metric_goes():
+    curve = Curve.of(np.ones(20), 2.0, 100.0, 12)
+    more = by_accuracy(curve, [0, 5, 9], [0.2, 0.6, 0.5], 0.8, "more")
+    less = by_accuracy(curve, [0, 5, 9], [4.0, 4 / 3, 1.6], 1.0, "less")
+    assert more.kept[[0, 5, 9, -1]].tolist() == less.kept[[0, 5, 9, -1]].tolist() == [0.25, 0.75, 0.75, 1.0]
+    assert more.kept[1] == pytest.approx(0.35)
+    with pytest.raises(ValueError, match="above 0; tell by the energy"):
+        by_accuracy(curve, [0], [0.1], 0.0, "more")
 
 
 def test_the_same_bytes_come_from_any_number_of_threads(task):

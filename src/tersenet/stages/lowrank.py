@@ -6,14 +6,14 @@ weights tell where a stride makes the map smaller after its first layer. The ran
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from tersenet.allocators.rank import Curve, cost, mapped, modelled
+from tersenet.allocators.rank import NOTHING, Curve, cost, mapped, modelled
 from tersenet.chains import steps_of
 from tersenet.contract import DATA, PACKED, Kind, check
 from tersenet.data import samples
@@ -27,6 +27,8 @@ from tersenet.tracing.operations import Use, Watch
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 CHOICES = ("map", "model", "inf")
+METRICS = ("energy", "accuracy")
+POINTS = 5  # ranks of a layer at which the network is measured
 WHOLE = "dense: left whole by the ranks that were chosen"
 DENSE = "factor layers before other stages"
 
@@ -46,7 +48,9 @@ class ENC:
     """Factor layers by SVD until `macs` of the multiplications, or `density` of the weights, are left.
 
     The ranks are chosen by "map", "model" or "inf": by singular values alone, or among the `candidates` best by the
-    metric on up to `scored` samples of the task's data for choosing. `weighted` SVDs lose least in the metric of
+    metric on up to `scored` samples of the task's data for choosing. How much of a layer a rank keeps is told by the
+    "energy" of its singular values, or by the "accuracy" of the network with this layer alone at five ranks, straight
+    lines between (section 3.2), which takes minutes. `weighted` SVDs lose least in the metric of
     `samples` training inputs. Layers without a chain (grouped and transposed convolutions, tied weights) stay whole.
     The paper leaves the first and the last layer whole, which rules (`keep`) do here.
     """
@@ -60,6 +64,7 @@ class ENC:
     candidates: int = 40
     scored: int = 1000
     seed: int = 0
+    metric: str = "energy"
     refuses: ClassVar[Mapping[Kind, str]] = dict.fromkeys((Sparse, Sliced, Reshaped, *PACKED), DENSE)
     requires: ClassVar[Mapping[Kind, str]] = {DATA: "runs the network: give a Task with training data"}
     makes: ClassVar[tuple[Kind, ...]] = (Factored,)
@@ -72,6 +77,8 @@ class ENC:
             raise ValueError("ENC takes a part of the MACs or of the weights (density), in (0, 1]")
         if self.by not in CHOICES or self.candidates < 1:
             raise ValueError(f"ENC chooses by one of {', '.join(CHOICES)}, among one candidate or more")
+        if self.metric not in METRICS:
+            raise ValueError(f"ENC tells what a rank keeps by one of {', '.join(METRICS)}")
 
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
@@ -88,6 +95,9 @@ class ENC:
             raise ValueError(
                 f"ENC: {part:.0%} of the {what} cannot be met: the least ranks need {least / layers.whole:.0%}"
             )
+        if self.metric == "accuracy":
+            layers = self.measured(draft, task, layers)
+            curves = list(layers.curves.values())
         if self.by == "map":
             return chosen(draft, layers, mapped(curves, most))
         places = modelled(curves, most, self.candidates if self.by == "inf" else 1)
@@ -99,6 +109,25 @@ class ENC:
             found = task.score(data, artifact_of(chosen(draft, layers, one)).into(model))
             scores.append(task.metric.gain(found, 0.0))
         return chosen(draft, layers, places[scores.index(max(scores))])
+
+    def measured(self, draft: Draft, task: Task, layers: Layers) -> Layers:
+        """The layers with the curves that measuring the network gives."""
+        data, model, curves = some(task, self.scored), draft.module(), dict(layers.curves)
+        whole = task.score(data, model)
+        for name in progress(list(curves), "measuring ranks", len(curves)):
+            curve, weight, scores = curves[name], model.get_parameter(name), []
+            points = np.unique(np.linspace(0, len(curve.ranks) - 2, POINTS).round().astype(int)).tolist()
+            before = weight.detach().clone()
+            for at in points if len(curve.ranks) > 1 else ():
+                made = torch.from_numpy(layers.found[name].tree(int(curve.ranks[at])).unpack())
+                with torch.no_grad():
+                    weight.copy_(made)
+                scores.append(task.score(data, model))
+            with torch.no_grad():
+                weight.copy_(before)
+            if scores:
+                curves[name] = by_accuracy(curve, points, scores, whole, task.metric.better)
+        return replace(layers, curves=curves)
 
     def layers(self, draft: Draft, task: Task) -> Layers:
         """The layers that may be factored, with the spectra and costs of their ranks."""
@@ -135,6 +164,19 @@ class ENC:
             curves[name] = Curve.of(own.values[0], each, size, most)
             fixed -= size
         return Layers(found, curves, fixed, whole)
+
+
+def by_accuracy(curve: Curve, points: Sequence[int], scores: Sequence[float], whole: float, better: str) -> Curve:
+    """The curve whose ranks keep as much as the network scores with them at some places, by what it scores whole.
+
+    Never less at a higher rank. Raises ValueError where the network scores nothing.
+    """
+    if whole <= 0 or min(scores) < 0:
+        raise ValueError("ENC: a rank keeps a part of the metric, which must be above 0; tell by the energy")
+    parts = [found / whole if better == "more" else whole / max(found, NOTHING) for found in scores]
+    kept = np.maximum.accumulate(np.clip(parts, NOTHING, 1))
+    ranks = curve.ranks[:-1]
+    return replace(curve, kept=np.append(np.interp(ranks, ranks[points], kept), 1.0))
 
 
 def chosen(draft: Draft, layers: Layers, places: Sequence[int]) -> Draft:
