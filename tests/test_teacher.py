@@ -10,6 +10,7 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.draft import Draft, artifact_of
+from tersenet.key import key_of
 from tersenet.stages.finetune import Distill, Finetune
 from tersenet.stages.lsq import LSQ
 from tersenet.stages.prune import Prune, Retrain
@@ -133,6 +134,12 @@ def test_a_compiled_part_of_the_student_is_heard_too_or_refused():
     student.first = torch.compile(student.first, backend="eager")
     for _ in range(2):
         assert task.loss_of(student, x, y).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_results_are_kept_under_what_the_teacher_says_and_shows():
+    ways = [{}, {"features": "first"}, {"features": "twice"}, {"features": "first", "weight": 2.0}]
+    keys = [key_of(tn.Teacher(net(5), **way)) for way in (*ways, *ways)]
+    assert keys[:4] == keys[4:] and len(set(keys)) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 An encoder-decoder is trained as any network: inputs are (sources, prefixes), outputs scores [n, vocabulary, length] of
 each next word, targets [n, length] the words themselves and then -100, which `F.cross_entropy` and `Teacher` pass over.
-So word-level distillation (equation 5) is `Task(..., teacher=Teacher(network, temperature=1.0, mix=0.5))`.
+So word-level distillation (section 3.1) is `Task(..., teacher=Teacher(network, temperature=1.0, mix=0.5))`.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """What training learns from other networks: their softened outputs, and the features of layers inside.
 
-Word-level distillation of Kim and Rush (2016, equation 5) is the same loss over the words of a sentence.
+Word-level distillation of Kim and Rush (2016, section 3.1) is the same loss over the words of a sentence.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ class Teacher:
 
     `mix` is the part of the soft targets in what is lowered, the rest is the task's own loss; an ensemble says the mean
     of its networks' softened distributions. `features`, {student's layer: teacher's layer} or the names that both have,
-    adds `weight` times the mean squared error between the two layers' outputs (Romero et al. 2015, equation 3), summed
-    over the layers. Positions whose target is -100, which `F.cross_entropy` passes over, have no soft targets.
+    adds `weight` times the mean squared error between the two layers' outputs (Romero et al. 2015), summed over the
+    layers. Positions whose target is -100, which `F.cross_entropy` passes over, have no soft targets.
     """
 
     models: tuple[nn.Module, ...]
