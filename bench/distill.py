@@ -36,8 +36,8 @@ from tersenet.stages.prune import Prune
 SEED = 0
 LARGE, SMALL, OMITTED, CHECKED = 1200, 800, 3, 10_000  # mnist: widths, the digit, images that the bias is chosen on
 DIGITS = tn.Schedule(epochs=12, lr=0.05, cosine=True)
-IMAGES, SCORED = 4000, 2000  # cifar10
-OBJECTS = tn.Schedule(epochs=10, lr=0.1, batch=64, weight_decay=1e-4, cosine=True)
+IMAGES, SCORED = 2500, 2000  # cifar10
+OBJECTS = tn.Schedule(epochs=8, lr=0.1, batch=64, weight_decay=1e-4, cosine=True)
 PAIRS, TESTED, TEACHER, STUDENT = 6000, 500, 128, 32  # sequences: sentences and widths
 SENTENCES = tn.Schedule(epochs=20, lr=0.004, batch=64, adam=True, cosine=True)
 
