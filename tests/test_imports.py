@@ -12,7 +12,8 @@ MAY = {
     "packed": "bloomier splitmix", "bloomier": "native splitmix", "splitmix": "",
     "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
     "information": "",
-    "task": "data cores", "likelihood": "task data", "allocators": "task journal budget",
+    "task": "data cores teacher", "teacher": "data",
+    "sequence": "data task teacher", "likelihood": "task data", "allocators": "task journal budget",
     "codecs": "native", "deferred": "packed", "dense": "container packed",
     "container": "packed codecs cores deferred", "header": "container packed codecs",
     "decoding": "container header packed codecs deferred", "writing": "container packed codecs",
@@ -28,7 +29,7 @@ MAY = {
                     " likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores bloomier"
-              " splitmix chains",
+              " splitmix chains teacher",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
     "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages"
                " strength task where",
@@ -46,7 +47,7 @@ MAY = {
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",
          "tracing", "stages", "promise", "strength", "threelc", "information", "norms", "data", "likelihood",
-         "where", "statistics", "key", "checkpoint", "task_file", "plan"}  # fmt: skip
+         "where", "statistics", "key", "checkpoint", "task_file", "plan", "teacher", "sequence"}  # fmt: skip
 
 
 def imports(file: Path):
