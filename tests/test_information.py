@@ -3,7 +3,9 @@
 import copy
 import math
 import os
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,10 +104,8 @@ def test_a_gaussian_lies_between_the_bounds_and_each_bound_where_its_own_closed_
     assert low.inputs < true < high.inputs
     assert low.inputs == pytest.approx(bound(4 * variance), rel=0.03)
     assert high.inputs == pytest.approx(bound(variance), rel=0.03)
-    for found in (
-        low,
-        high,
-    ):  # labels by chance: each sample counts among its class, log2(e) 2^I(X;T) / N and not twice
+    # labels by chance: each sample counts among its own class, which is log2(e) 2^I(X;T) / N, and not twice that
+    for found in (low, high):
         assert abs(found.labels) < 2 * math.log2(math.e) * 2**found.inputs / 4096
 
 
@@ -329,3 +329,11 @@ def test_a_picture_says_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"tersenet\[report\]"):
         plane.figure()
+
+
+def test_the_python_of_the_page_runs_and_draws_its_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    page = (Path(__file__).parents[1] / "docs" / "information.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    fresh_process(f"import os; os.chdir({str(tmp_path)!r})\n{code}")
+    assert (tmp_path / "plane.svg").read_text().count("I(X;T), bits") == 1
