@@ -198,8 +198,11 @@ def test_wrong_use_is_said_in_a_line():
         for estimator in (ebab, akde):
             with pytest.raises(ValueError, match=message):
                 estimator(*arguments)
-    with pytest.raises(ValueError, match="variance"):
-        kde(t, y, 0.0)
+    for wrong_noise in (lambda: kde(t, y, 0.0), lambda: akde(t + 1, y, 0.0), lambda: akde(t + 1, y, -1.0)):
+        with pytest.raises(ValueError, match="variance"):
+            wrong_noise()
+    with pytest.raises(ValueError, match="0 bins"):
+        ebab(t, y, 0)
 
 
 # ---------------------------------------------------------------- the plane
@@ -242,6 +245,26 @@ def test_a_plane_has_what_each_module_says_by_the_order_of_calls_and_leaves_the_
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     plane.record(0)
     assert plane.points[:5] == plane.points[5:]
+
+
+def test_a_layer_is_read_before_the_next_changes_its_outputs_in_place():
+    torch.manual_seed(0)
+    x = torch.randn(300, 4)
+    model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(inplace=True))
+    task = tn.Task(model, train=(x, (x[:, 0] > 0).long()))
+    plane = InformationPlane(task, task.train)
+    plane.record(0)
+    with torch.no_grad():
+        before = model[0](x).numpy()
+    told = [ebab(t, task.train[1].numpy()).inputs for t in (before, before.clip(0))]
+    assert [point.inputs for point in plane.points] == told
+    assert plane.points[0].inputs > plane.points[1].inputs
+
+
+def test_small_whole_numbers_are_outputs_too():
+    t, y = np.random.default_rng(0).integers(1, 9, (40, 3)), np.arange(40) % 2
+    for kind in (np.uint8, np.float16):
+        assert akde(t.astype(kind), y) == akde(t.astype(float), y) and ebab(t.astype(kind), y) == ebab(t, y)
 
 
 def test_hooks_are_gone_after_an_error_too():

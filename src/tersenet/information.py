@@ -45,6 +45,8 @@ def edges(t: Array, bins: int = 30) -> Array:
     often count once. (The authors' code asks for the activation's bound instead, and gives the largest value a bin of
     its own.) Entropy-based adaptive binning, Chelombiev et al. 2019.
     """
+    if bins < 1:
+        raise ValueError(f"{bins} bins: give one or more")
     values = np.unique(t[:: -(-t.size // POOLED)])
     values = values[values > t.min()]
     found: Array = values[np.arange(bins if values.size else 0) * values.size // bins]
@@ -55,7 +57,7 @@ def binned(t: Array, y: Array, edges: Array) -> Information:
     """Information of outputs [samples, ...] and labels [samples] where ascending edges part the outputs into bins.
 
     H(T|X) = 0, so I(X;T) = H(T); I(T;Y) = H(T) + H(Y) - H(T, Y). Frequencies are the probabilities. Memory beside `t`:
-    a byte for each of its numbers, two with 255 edges or more.
+    a byte for each of its numbers, two with over 255 edges.
     """
     t, y = _checked(t, y)
     kind, size = np.min_scalar_type(len(edges)), max(1, BLOCK // t.shape[1])
@@ -116,10 +118,10 @@ def akde(t: Array, y: Array, noise: float = 1e-3) -> tuple[Information, Informat
     Adaptive kernel density estimation, Chelombiev et al. 2019.
     """
     t, y = _checked(t, y)
-    variance = noise * float(max(t.max(), -t.min())) ** 2
-    if variance == 0:  # all outputs are zero
+    largest = max(float(t.max()), -float(t.min()))
+    if largest == 0:
         return Information(0.0, 0.0), Information(0.0, 0.0)
-    return kde(t, y, variance)
+    return kde(t, y, noise * largest**2)
 
 
 # ---------------------------------------------------------------- the plane
@@ -189,7 +191,8 @@ class InformationPlane:
 
         def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
             number = 1 + sum(name == other for other, _ in found)
-            found[name, number] = (reachable(output) or [torch.tensor(0.0)])[0].detach().float().cpu()
+            first = (reachable(output) or [torch.tensor(0.0)])[0]
+            found[name, number] = first.float().cpu().clone()  # the next module may change it in place
 
         hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
         try:
