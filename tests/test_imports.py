@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
     "packed": "bloomier splitmix", "bloomier": "native splitmix", "splitmix": "",
     "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
-    "information": "",
+    "information": "data task",
     "task": "data cores teacher", "teacher": "data",
     "sequence": "data task teacher", "likelihood": "task data", "allocators": "task journal budget",
     "codecs": "native", "deferred": "packed", "dense": "container packed",
