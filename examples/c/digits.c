@@ -1,7 +1,8 @@
 /* Tells MNIST digits apart with LeNet-300-100 or LeNet-5, straight from packed weights.
  *
  * digits FILE IMAGES          IMAGES holds 784 bytes for each digit; a line for each: the class, and the ten outputs
- * digits IMAGES               where the network was built in: cc -DMODEL='"model.h"', which `terse export` wrote */
+ * digits IMAGES               where the network was built in, as `terse export lenet5.terse -o lenet5.h` wrote it:
+ *                             cc -DMODEL='"lenet5.h"' -DNAME=model_lenet5 */
 #include "reader.h"
 
 #include <stdio.h>
@@ -12,12 +13,17 @@
 
 #ifdef MODEL
 #include MODEL
+#define PASTED(name, part) name##part
+#define OF(name, part) PASTED(name, part)
+#define FILE_BYTES OF(NAME, )
+enum { ROOM = OF(NAME, _arena) };
 #else
-#define MODEL_ARENA (4 << 20)
-static uint8_t model[1 << 20];
+#define FILE_BYTES file_bytes
+enum { ROOM = 4 << 20 };
+static uint8_t file_bytes[1 << 20];
 #endif
 
-static _Alignas(16) uint8_t memory[MODEL_ARENA];
+static _Alignas(16) uint8_t memory[ROOM];
 static float first[SIDE * SIDE], second[20 * 12 * 12], third[50 * 4 * 4], plane[24 * 24]; /* what flows through the layers */
 
 typedef struct {
@@ -57,7 +63,7 @@ static void run(const layer *net, uint32_t layers, float *out) {
 }
 
 static int32_t open_network(device_file *f, size_t size, layer *net, uint32_t *layers) {
-    int32_t wrong = device_open(f, model, size, memory, sizeof memory);
+    int32_t wrong = device_open(f, FILE_BYTES, size, memory, sizeof memory);
     if (wrong) return wrong;
     wrong = load(f, "conv1.weight", "conv1.bias", 20, 25, &net[0]);
     *layers = wrong == DEVICE_MISSING ? 3 : 4;
@@ -80,12 +86,12 @@ int main(int count, char **given) {
     static const char *const why[] = {"", "the file is damaged", "the small decoder lacks a codec, node or type of the file",
                                       "the memory is too small", "the file holds no LeNet"};
 #ifdef MODEL
-    const size_t size = sizeof model;
+    const size_t size = sizeof FILE_BYTES;
     const int images_at = 1;
 #else
     const int images_at = 2;
     FILE *file = count > 1 ? fopen(given[1], "rb") : 0;
-    const size_t size = file ? fread(model, 1, sizeof model, file) : 0;
+    const size_t size = file ? fread(file_bytes, 1, sizeof file_bytes, file) : 0;
     if (file) fclose(file);
 #endif
     FILE *images = count > images_at ? fopen(given[images_at], "rb") : 0;

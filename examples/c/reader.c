@@ -114,6 +114,15 @@ static void array(parser *p, device_item *a) {
     p->arrays++;
 }
 
+/* Whether a tensor of that type may be this: a node of floats, or a bare array of the type itself, of f32 for bf16, of u8 for
+ * 8-bit floats. */
+static int32_t fits(uint32_t type, const device_item *tree) {
+    const uint32_t narrow[3] = {10, 10, 11};
+    if (tree->tag >= TAG_NODE) return type >= 9 && type <= 12;
+    return tree->tag == TAG_ARRAY &&
+           (tree->format < 12 ? tree->format : narrow[tree->format - 12]) == (type < 12 ? type : type == 12 ? 10 : 1);
+}
+
 static device_item *value(parser *p, uint32_t depth, uint32_t nodes) {
     static const uint8_t fields[] = {4, 2, 2, 4, 3, 1, 4, 6, 5, 3};
     device_item *v = device_keep(p->f, sizeof *v);
@@ -174,6 +183,7 @@ static void tensors(parser *p) {
                 return;
             }
             t->tree = value(p, 0, 0);
+            if (!f->error && !fits(t->type, t->tree)) damaged(p);
             if (p->streams > begin) check(p, begin);
         }
         *next = t;

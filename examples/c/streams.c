@@ -1,5 +1,6 @@
 /* The streams of arrays: integers, which are put down in as few bits each as the stream says they need, and the bytes of
  * floats, plane by plane. docs/format.md says what they hold. */
+#include "../../native/compiler.h" /* first: what the prior is made of must be rounded as everywhere */
 #include "../../native/rows.h"
 #include "../../native/terse.h"
 #include "decoder.h"
