@@ -40,9 +40,9 @@ MAY = {
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
     "flower": "codecs", "updates": "artifact container decoding header packed codecs sources",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
-    "published": "artifact packed",
+    "published": "artifact packed", "export": "artifact codecs container header packed",
     "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs"
-           " promise published recipe_file updates",
+           " promise published recipe_file updates export",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",

@@ -1,4 +1,4 @@
-"""The command `terse`: compress, inspect, verify, unpack, diff, patch, recipes, doctor.
+"""The command `terse`: compress, inspect, verify, unpack, export, diff, patch, recipes, doctor.
 
 Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one line says what, where, and what to do).
 """
@@ -192,6 +192,30 @@ def unpack(
         artifact = load(file)
     _write_dense(artifact, output)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
+
+
+@app.command()
+def export(
+    file: FILE,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The C header to write")],
+) -> None:
+    """Write the file as a C array for small devices, with the memory that its decoder needs (examples/c).
+
+    [dim]terse export lenet5.terse -o lenet5.h[/dim]
+    """
+    from tersenet.export import c_header, c_name
+
+    _check_output(output, file)
+    data = file.read_bytes()
+    try:
+        with _about(file):
+            text = c_header(data, file.name)
+    except FormatError:
+        raise
+    except ValueError as wrong:
+        raise ValueError(f"{file}: {wrong}") from None
+    write_atomically(output, text.encode())
+    typer.echo(f"wrote {output}: {c_name(file.name)}[{len(data)}]. Next: make -C examples/c MODEL={output.resolve()}")
 
 
 @app.command(name="diff")
