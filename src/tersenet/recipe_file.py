@@ -56,11 +56,13 @@ from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
 from tersenet.run import Recipe
+from tersenet.stages.activations import Activations
 from tersenet.stages.channels import Channels, DropDead, SearchChannels
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.low_precision import LowPrecision
 from tersenet.stages.lowrank import ENC
 from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
@@ -86,6 +88,8 @@ STAGES: dict[str, type] = {
     "mlq": MLQ,
     "inq": INQ,
     "lsq": LSQ,
+    "activations": Activations,
+    "low-precision": LowPrecision,
     "universal": Universal,
     "hash": Hash,
     "weightless": Weightless,
