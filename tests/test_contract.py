@@ -27,6 +27,7 @@ from tersenet.recipe_file import STAGES
 from tersenet.run import run
 from tersenet.stages.activations import Activations
 from tersenet.stages.channels import Channels, DropDead, Plan, SearchChannels
+from tersenet.stages.dkm import DKM
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
@@ -139,6 +140,7 @@ WORK = {
     "mlq": (MLQ(2, 2), None),
     "inq": (INQ(4, (0.5, 1.0)), None),
     "lsq": (LSQ(3, epochs=1), None),
+    "dkm": (DKM(KMeans(2), epochs=1), None),
     "activations": (Activations(6, samples=64), None),
     "low-precision": (LowPrecision(8, epochs=1), None),
     "universal": (Universal(5, 2), None),

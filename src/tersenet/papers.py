@@ -17,6 +17,7 @@ from tersenet.methods.uniform import Uniform
 from tersenet.run import Recipe, Stage
 from tersenet.stages.activations import Activations
 from tersenet.stages.channels import SearchChannels
+from tersenet.stages.dkm import DKM
 from tersenet.stages.finetune import Distill, Finetune
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
@@ -192,6 +193,15 @@ def lsq(bits: int = 4, epochs: int = 5, seed: int = 0) -> Recipe:
     return LSQ(bits, epochs=epochs, seed=seed), Narrow()
 
 
+def dkm(bits: int = 4, vectors: bool = False, temperature: float = 0.1, epochs: int = 5, seed: int = 0) -> Recipe:
+    """Differentiable k-means (Cho et al. 2022): weights trained through soft shares of 2^`bits` values for each layer.
+
+    With `vectors` codewords are vectors of a kernel, or of 4 weights, each.
+    """
+    method = Product(bits, weighted=False, seed=seed) if vectors else KMeans(bits, seed=seed)
+    return DKM(method, temperature=temperature, epochs=epochs, seed=seed), Narrow()
+
+
 def fixed_point(bits: int = 8, dense: int = 5, width: int = 8) -> Recipe:
     """Dynamic fixed point (Gysel et al. 2018): weights, and what layers take and give, at steps of powers of two.
 
@@ -273,6 +283,7 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "transform-coding": transform_coding,
     "inq": inq,
     "lsq": lsq,
+    "dkm": dkm,
     "fixed-point": fixed_point,
     "low-precision": low_precision,
     "weightless": weightless,

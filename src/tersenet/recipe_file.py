@@ -58,6 +58,7 @@ from tersenet.papers import PAPERS
 from tersenet.run import Recipe
 from tersenet.stages.activations import Activations
 from tersenet.stages.channels import Channels, DropDead, SearchChannels
+from tersenet.stages.dkm import DKM
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
@@ -88,6 +89,7 @@ STAGES: dict[str, type] = {
     "mlq": MLQ,
     "inq": INQ,
     "lsq": LSQ,
+    "dkm": DKM,
     "activations": Activations,
     "low-precision": LowPrecision,
     "universal": Universal,
