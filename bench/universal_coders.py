@@ -1,6 +1,6 @@
 """LZW and context-tree weighting of integers, as Choi, El-Khamy, Lee (2018) compare them: whole coders in Python.
 
-They are no codecs of the file: `bench/codes.py` has what they would make of it, beside the codecs that are.
+They are no codecs of the file: `bench/codes.py` has what they would make of it, and that is never the smallest.
 
 LZW (Welch 1984): phrases of symbols, their numbers in as many bits as the last of them needs; the dictionary is full
 with 2^16. Context-tree weighting (Willems, Shtarkov, Tjalkens 1995): each bit of a symbol, from the highest on, has for

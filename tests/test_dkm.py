@@ -8,11 +8,10 @@ from test_stages import make_task
 
 import tersenet as tn
 from tersenet.draft import Draft, artifact_of
-from tersenet.methods.kmeans import KMeans
+from tersenet.methods.kmeans import KMeans, lloyd
 from tersenet.methods.product import Product
 from tersenet.packed import Codebook, Reshaped, Sparse, unpack
 from tersenet.stages.dkm import DKM, _Attended
-from tersenet.stages.finetune import Finetune
 from tersenet.stages.pack import Pack
 from tersenet.stages.prune import Prune
 
@@ -49,19 +48,14 @@ def test_gradients_reach_weights_through_every_step_and_a_cold_attention_is_k_me
     start = np.sort(floats(3), 0)[:, None]
     cold = _Attended(w.detach(), torch.from_numpy(start.copy()), 1e-6, 0.0, 200).settled()[1].numpy().reshape(-1)
     values = np.sort(w.detach().numpy().astype(np.float64))
-    from tersenet.methods.kmeans import lloyd
-
     assert np.allclose(np.sort(cold), lloyd(values, start[:, 0].astype(np.float64), np.ones(40)), atol=1e-5)
 
 
-METHODS = {"values": KMeans(2), "groups": KMeans(1, group=4), "vectors": Product(3, weighted=False)}
+METHODS = {"values": KMeans(1), "groups": KMeans(1, group=4), "vectors": Product(3, weighted=False)}
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("pruned", [False, True])
-def test_it_ends_in_codebooks_that_err_less_than_tuned_ones(task, name, pruned):
-    if pruned and name != "values":
-        return
+@pytest.mark.parametrize("name, pruned", [("values", False), ("values", True), ("groups", False), ("vectors", False)])
+def test_it_ends_in_codebooks_like_those_it_began_with_and_is_better(task, name, pruned):
     method = METHODS[name]
     draft = Draft.of_model(task.model)
     draft = Prune(0.4, 1, retrain="none")(draft, None) if pruned else draft
@@ -74,11 +68,10 @@ def test_it_ends_in_codebooks_that_err_less_than_tuned_ones(task, name, pruned):
             was, now = (tree.values if isinstance(tree, Sparse) else tree.child for tree in (was, now))
         if isinstance(now, Codebook):
             assert now.codewords.shape == was.codewords.shape and now.index.shape == was.index.shape
-        assert not unpack(after.tensors[weight].tree)[unpack(draft.tensors[weight].tree) == 0].any() or not pruned
+        if pruned:
+            assert not unpack(after.tensors[weight].tree)[unpack(draft.tensors[weight].tree) == 0].any()
     assert after.tensors["first.weight"] is after.tensors["second.weight"]
-    tuned = Finetune(4, lr=0.005)(begin, task)
-    scores = [task.score(task.test, one.module()) for one in (begin, tuned, after)]
-    assert scores[2] > scores[0] and scores[2] >= scores[1] - 0.01
+    assert task.score(task.test, after.module()) > task.score(task.test, begin.module()) + 0.03
     assert artifact_of(DKM(method, epochs=4)(draft, task)).to_bytes() == artifact_of(after).to_bytes()
 
 
@@ -87,7 +80,7 @@ def test_without_training_it_is_the_methods_own_codebook_at_a_low_temperature(ta
     begin, after = Pack(KMeans(3))(draft, task), DKM(KMeans(3), temperature=1e-3, epochs=0)(draft, task)
     for weight in draft.weights():
         was, now = (unpack(d.tensors[weight].tree) for d in (begin, after))
-        assert np.abs(was - now).max() < 0.05 * np.abs(was).max() and (was == now).mean() < 1.1
+        assert np.abs(was - now).max() < 0.01 * np.abs(was).max()
         assert np.array_equal(begin.tensors[weight].tree.index, after.tensors[weight].tree.index)
 
 

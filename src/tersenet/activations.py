@@ -22,6 +22,7 @@ from tersenet.methods.fixed_point import binary_point
 from tersenet.task import Task, duplicate, one_thread, progress
 
 Formats: TypeAlias = Mapping[str, Sequence[int]]  # by layer: bits, those behind the binary point of inputs, of outputs
+LARGEST = 2.0**128  # value that float32 cannot hold
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.RNNBase, RNNCellBase)
 
 
@@ -69,7 +70,7 @@ def formats_of(artifact: Artifact) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def found(task: Task, model: nn.Module, weights: Iterable[str], bits: int, samples: int) -> dict[str, list[int]]:
+def calibrated(task: Task, model: nn.Module, weights: Iterable[str], bits: int, samples: int) -> dict[str, list[int]]:
     """The formats in which nothing saturates that layers take or give on training inputs.
 
     Of linear, convolutional, embedding and recurrent layers that are called. Warns of weights that are in none.
@@ -107,7 +108,7 @@ def _measuring(tops: dict[str, list[float]], name: str, side: int) -> Any:
     def measure(x: Tensor) -> Tensor:
         if x.is_floating_point() and x.numel():
             top = float(x.abs().max())
-            if not top < float("inf"):
+            if not top < LARGEST:
                 raise ValueError(f"{name}: what it takes or gives is not finite; look at the weights before it")
             own = tops.setdefault(name, [0.0, 0.0])
             own[side] = max(own[side], top)

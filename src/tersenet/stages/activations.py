@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tersenet.activations import found
+from tersenet.activations import calibrated
 from tersenet.contract import DATA, Kind, check
 from tersenet.draft import Draft
 from tersenet.task import Task
@@ -15,7 +15,7 @@ class Activations:
     """Round what each layer with weights takes and gives to `width` bits, whose ranges `samples` training inputs tell.
 
     The file says how; whoever measures it, and stages that train afterwards, run the network so. Weights stay as they
-    are.
+    are. It comes after what packs or folds, which changes what layers give.
     """
 
     width: int = 8
@@ -29,5 +29,5 @@ class Activations:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
         assert task is not None
-        formats = found(task, draft.module(), draft.weights(), self.width, self.samples)
+        formats = calibrated(task, draft.module(), draft.weights(), self.width, self.samples)
         return replace(draft, activations=formats)

@@ -35,7 +35,8 @@ class DKM:
 
     KMeans(2) makes palettes of 4 values, Product(6, weighted=False) of 64 vectors; rules say other methods, or None. At
     the task's own schedule, its rate a tenth. At most `steps` of k-means for each of training; a higher `temperature`
-    shares each weight among more codewords. Pruned weights stay zero.
+    shares each weight among more codewords. Pruned weights stay zero. Training takes memory for `steps` times as many
+    shares as there are weights times codewords.
     """
 
     method: Method = field(default_factory=lambda: KMeans(4))
