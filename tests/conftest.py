@@ -94,6 +94,7 @@ def trees():
         "Uniform-steps": Uniform(levels, scale, None, steps),
         "Uniform-group": Uniform(groups, floats(4, 3), None, (np.array([[1, -1]], np.int8),)),
         "Codebook": Codebook(rng.integers(0, 9, (6, 4)).astype(np.uint8), floats(9, 3)),
+        "Codebook-group": Codebook(np.arange(24, dtype=np.uint8).reshape(6, 4) % 5, floats(3, 5, 2)),
         "Sparse": Sparse(mask, floats(int(mask.sum()))),
         "Sparse-Codebook": Sparse(mask, codebook),
         "Sliced": Sliced(np.array([0, 2, 5], np.uint8), floats(4, 3), 1, 7),

@@ -10,6 +10,7 @@ from tersenet.artifact import Artifact, Tensor
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
     "packed": "bloomier splitmix", "bloomier": "native splitmix", "splitmix": "",
+    "activations": "artifact data draft methods task",
     "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
     "information": "data task",
     "task": "data cores teacher", "teacher": "data",
@@ -22,17 +23,17 @@ MAY = {
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal dense", "journal": "replacing", "replacing": "",
-    "run": "container contract draft task artifact journal key origins data",
+    "run": "activations container contract draft task artifact journal key origins data",
     "contract": "draft norms packed structure task",
     "folding": "draft norms packed structure artifact task tracing",
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
                     " likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores bloomier"
-              " splitmix chains teacher",
+              " splitmix chains teacher activations",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
-    "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages"
-               " strength task where",
+    "promise": "activations artifact budget calibrate contract draft folding journal likelihood methods packed papers"
+               " run stages strength task where",
     "recipe_file": "papers stages methods allocators run where",
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
@@ -47,7 +48,8 @@ MAY = {
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",
          "tracing", "stages", "promise", "strength", "threelc", "information", "norms", "data", "likelihood",
-         "where", "statistics", "key", "checkpoint", "task_file", "plan", "teacher", "sequence"}  # fmt: skip
+         "where", "activations", "statistics", "key", "checkpoint", "task_file", "plan", "teacher",
+         "sequence"}  # fmt: skip
 
 
 def imports(file: Path):

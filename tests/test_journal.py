@@ -24,7 +24,10 @@ from tersenet.journal import Journal, read
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.uniform import Uniform
 from tersenet.run import cache_folder, run
+from tersenet.stages.activations import Activations
+from tersenet.stages.dkm import DKM
 from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.low_precision import LowPrecision
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
 
@@ -149,6 +152,9 @@ TRAININGS = {
     "adam": (lambda: make_task(adam=True), (Retrain("learning-rate", 3),)),
     "rounds": (make_task, (Prune(0.4, 2, 2), Pack(KMeans(2)), Finetune(1, 0.01), Narrow())),
     "levels": (make_task, (Pack(Uniform(4)), TrainLevels(2, 0.01))),
+    "low precision": (make_task, (LowPrecision(8, 3),)),
+    "soft shares": (make_task, (DKM(KMeans(2), epochs=3), Narrow())),
+    "activations": (make_task, (Activations(4, 64), Finetune(3, 0.05))),
     "dataset": (lambda: make_task(train=TensorDataset(*make_task().train)), (Finetune(3, 0.05),)),
     "batches": (lambda: make_task(train=[list(make_task().train)] * 12), (Finetune(3, 0.05),)),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tersenet.activations import into
 from tersenet.artifact import Artifact, Coding, FormatError, Tensor, errors_against, load
 from tersenet.budget import Budget, PromiseBroken, UnmetBudget
 from tersenet.calibrate import moments
@@ -88,7 +89,8 @@ def compress(
         """Whether a network keeps the drop on the data for choosing."""
         assert task is not None and budget is not None and budget.drop is not None and held is not None
         made = attempt(stages)
-        return -100 * task.metric.gain(task.score(task.held(), made.module()), held) <= budget.drop, made
+        module = into(artifact_of(made), duplicate(task.model))
+        return -100 * task.metric.gain(task.score(task.held(), module), held) <= budget.drop, made
 
     def quick_size(stages: Recipe) -> int:
         return sized(functools.reduce(lambda made, stage: stage(made, task), stages, begin))[0]
@@ -103,12 +105,12 @@ def compress(
     except UnmetBudget as wrong:
         raise UnmetBudget(wrong.most + extra, wrong.least + extra, wrong.why) from None
     artifact = artifact_of(draft, coding, refolded(original, draft))
-    artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, **(notes or {})})
+    artifact = replace(artifact, meta={**artifact.meta, **(notes or {})})
     after = None
     if task is not None and before is not None:
-        opened = _opened(Artifact(artifact.tensors, PLAIN, artifact.meta))
+        opened = _opened(replace(artifact, coding=PLAIN))
         after = _measured(opened, task)
-        artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, "metric": round(after, 6)})
+        artifact = replace(artifact, meta={**artifact.meta, "metric": round(after, 6)})
         _same(opened, _opened(artifact))
     on_choice = held is not None or (budgeted is not None and budget is not None and budget.drop is not None)
     chosen = Choice.of(task, artifact) if on_choice and task is not None else None
@@ -159,13 +161,15 @@ def _opened(artifact: Artifact) -> Artifact:
 def _measured(artifact: Artifact, task: Task) -> float:
     """The metric of an opened file."""
     try:
-        return task.score(task.test, artifact.into(duplicate(task.model)))
+        return task.score(task.test, into(artifact, duplicate(task.model)))
     except ValueError as wrong:
         raise PromiseBroken(f"the file cannot be measured: {wrong}") from None
 
 
 def _same(one: Artifact, other: Artifact) -> None:
     """Raises PromiseBroken unless two files hold the same weights: the one that is written and the one measured."""
+    if one.sections != other.sections:
+        raise PromiseBroken("sections: the file that was written is not the one that was measured")
     for name, tensor in one.tensors.items():  # one at a time: networks are large
         array, held = tensor.unpack(), other.tensors[name].unpack()
         if array.dtype != held.dtype or array.tobytes() != held.tobytes():

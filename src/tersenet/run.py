@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tersenet.activations import into
 from tersenet.artifact import Artifact, Coding, FormatError, Section, load
 from tersenet.container import at_hand
 from tersenet.contract import check
@@ -22,7 +23,7 @@ from tersenet.key import Uncacheable, key_of
 from tersenet.origins import versions
 from tersenet.task import Task, duplicate
 
-FACTS = ("folded", "rules", "left")  # of a draft, that its trees do not tell
+FACTS = ("folded", "rules", "left", "activations")  # of a draft, that its trees do not tell
 
 
 class Stage(Protocol):
@@ -50,7 +51,7 @@ class Choice:
     @staticmethod
     def of(task: Task, artifact: Artifact) -> "Choice":
         """Measured on the reopened file; the standard error comes from small batches."""
-        held, models = task.held(), (task.model, load(artifact.to_bytes()).into(duplicate(task.model)))
+        held, models = task.held(), (task.model, into(load(artifact.to_bytes()), duplicate(task.model)))
         before, after = (task.score(held, model) for model in models)
         one, other = (task.measured(held, model, max(1, (held.count or 1) // 24))[1] for model in models)
         apart = [a - b for a, b in zip(other, one, strict=True)]
@@ -171,7 +172,7 @@ def _measured(draft: Draft, task: Task | None) -> Row:
     if dense:
         found["density"] = round(float(sum(map(np.count_nonzero, dense)) / sum(w.size for w in dense)), 5)
     if task is not None and draft.model is not None and (task.train is not None or task.valid is not None):
-        found["metric"] = round(task.score(task.held(), draft.module()), 5)
+        found["metric"] = round(task.score(task.held(), into(artifact_of(draft), duplicate(draft.model))), 5)
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.func import functional_call
 
+from tersenet.activations import quantized
 from tersenet.checkpoint import Checkpoint, Place
 from tersenet.contract import DATA, Kind, check
 from tersenet.data import Stream, split_of
@@ -60,7 +61,7 @@ def trained(network: Network, task: Task, schedule: Schedule, epochs: range, see
     held = folded_norms(before.tensors)
     with one_thread():
         optimizer = schedule.optimizer(network.leaves)
-        whole = _Whole(duplicate(before.model).to(task.device).train(), task)
+        whole = _Whole(quantized(before.model, before.activations).to(task.device).train(), task)
         for name, layer in whole.model.named_modules():
             # Folded norms have no statistics to follow, nor have those of a network whose weights are levels, nor those
             # that are not trained.
