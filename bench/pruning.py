@@ -30,7 +30,7 @@ from tersenet.methods.kmeans import KMeans
 from tersenet.packed import unpack
 from tersenet.papers import mlprune
 from tersenet.realise import realise
-from tersenet.run import cache_folder, run
+from tersenet.run import run
 from tersenet.stages.channels import Channels, SearchChannels
 from tersenet.stages.finetune import Finetune, TrainLevels
 from tersenet.stages.obs import OBS

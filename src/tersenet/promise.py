@@ -18,14 +18,14 @@ from tersenet.calibrate import moments
 from tersenet.contract import check
 from tersenet.draft import ERROR, Draft, artifact_of, dense_array
 from tersenet.folding import refolded
-from tersenet.journal import Journal, Row
+from tersenet.journal import Journal, Row, cache_folder
 from tersenet.likelihood import Likelihood
 from tersenet.methods import Method
 from tersenet.packed import Array, Packed
 from tersenet.papers import output_aware
-from tersenet.run import Choice, Recipe, Result, cache_folder, run
+from tersenet.run import Choice, Recipe, Result, run
 from tersenet.stages.pack import Pack
-from tersenet.strength import has_setting, keeping, meeting, setting, waits, with_budget
+from tersenet.strength import has_setting, keeping, meeting, numbers, setting, waits, with_budget
 from tersenet.task import Task, duplicate, one_thread
 from tersenet.where import Where, kept
 
@@ -76,10 +76,15 @@ def compress(
     by_drop = budgeted is None and budget is not None and budget.drop is not None and has_setting(recipe)
     held = task.score(task.held()) if by_drop and task and (task.train or task.valid) is not None else None
 
-    begin = draft
+    begin, attempts = draft, list[tuple[Journal, Row]]()
 
     def attempt(stages: Recipe) -> Draft:
-        return run(replace(begin, journal=Journal()), task, stages, place, _log)
+        made = run(replace(begin, journal=Journal()), task, stages, place, _log)
+        if has_setting(recipe):
+            name, last = setting(recipe), [row for row in made.journal.rows if "stage" in row][-1]
+            label = f"{name} {numbers(stages, name)[-1]:.4g}"
+            attempts.append((made.journal, {"candidate": label, **{n: last.get(n) for n in ("bytes", "metric")}}))
+        return made
 
     def sized(made: Draft) -> tuple[int, Draft]:
         return artifact_of(made, coding).nbytes + ERROR * len(original), made
@@ -113,11 +118,18 @@ def compress(
     on_choice = held is not None or (budgeted is not None and budget is not None and budget.drop is not None)
     chosen = Choice.of(task, artifact) if on_choice and task is not None else None
     rows = [row for row in draft.journal.rows if {"stage", "likelihood"} & row.keys()]
-    result = Result(artifact, before, after, time.monotonic() - begun, rows, chosen, draft.journal.path)
+    seconds = round(time.monotonic() - begun, 1)
+    for journal, row in attempts if len(attempts) > 1 else []:
+        draft.journal.write(**row)
+        if journal is draft.journal:
+            draft.journal.write(chosen=row["candidate"])
+    draft.journal.write(result=artifact.nbytes, before=before, metric=after, seconds=seconds)
+    result = Result(artifact, before, after, seconds, rows, chosen, draft.journal.path)
     # A drop that a stage kept was kept on the data for choosing; what the test split says is reported beside it.
     if chosen is not None and task is not None and budget is not None:
         _keep_drop(budget, task, chosen.before, chosen.after, " on the data for choosing")
     _keep_promise(result, None if on_choice else budget, task, original)
+    draft.journal.keep_result(artifact.save)
     return result
 
 

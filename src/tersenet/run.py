@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -180,13 +179,4 @@ def _kept(path: Path | None) -> Artifact | None:
     try:
         return load(path, limit=1 << 40) if path is not None and path.exists() else None
     except (FormatError, OSError):
-        return None
-
-
-def cache_folder() -> Path | None:
-    """Where stage results are kept unless a caller says otherwise; None where the user has no home."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "tersenet"
-    except RuntimeError:
         return None
