@@ -59,10 +59,10 @@ def compress(
     user's cache folder). Raises `PromiseBroken` where the budget is not met or the file is not smaller than its input,
     ValueError for input that cannot be compressed. The task's model is left as it was.
     """
-    begun = time.monotonic()
+    begun, attempts = time.monotonic(), list[tuple[Journal, Recipe]]()
     task = replace(source, model=duplicate(source.model)) if isinstance(source, Task) else None
     draft, recipe, budget = prepared(source if task is None else task, recipe, budget, keep=keep, rules=rules)
-    original, weights = draft.tensors, draft.count()
+    begin, original, weights = draft, draft.tensors, draft.count()
     most, extra = None if budget is None else budget.bytes_for(weights), _notes_bytes(notes, task)
     inner = budget if most is None else Budget(size=max(1, most - extra))  # the notes' bytes are the file's too
     budgeted = None if inner is None else with_budget(recipe, inner, coding)
@@ -72,18 +72,12 @@ def compress(
     if budgeted is None and budget is not None and budget.drop is not None and (task is None or task.test is None):
         raise ValueError("a drop needs a task with test data to measure it on: give Task(test=...)")
     before = task.score(task.test) if task and task.test is not None else None
-    place = Path(folder) if folder else cache_folder()
     by_drop = budgeted is None and budget is not None and budget.drop is not None and has_setting(recipe)
     held = task.score(task.held()) if by_drop and task and (task.train or task.valid) is not None else None
 
-    begin, attempts = draft, list[tuple[Journal, Row]]()
-
     def attempt(stages: Recipe) -> Draft:
-        made = run(replace(begin, journal=Journal()), task, stages, place, _log)
-        if has_setting(recipe):
-            name, last = setting(recipe), [row for row in made.journal.rows if "stage" in row][-1]
-            label = f"{name} {numbers(stages, name)[-1]:.4g}"
-            attempts.append((made.journal, {"candidate": label, **{n: last.get(n) for n in ("bytes", "metric")}}))
+        made = run(replace(begin, journal=Journal()), task, stages, Path(folder) if folder else cache_folder(), _log)
+        attempts.append((made.journal, stages))
         return made
 
     def sized(made: Draft) -> tuple[int, Draft]:
@@ -117,19 +111,13 @@ def compress(
         _same(opened, _opened(artifact))
     on_choice = held is not None or (budgeted is not None and budget is not None and budget.drop is not None)
     chosen = Choice.of(task, artifact) if on_choice and task is not None else None
-    rows = [row for row in draft.journal.rows if {"stage", "likelihood"} & row.keys()]
-    seconds = round(time.monotonic() - begun, 1)
-    for journal, row in attempts if len(attempts) > 1 else []:
-        draft.journal.write(**row)
-        if journal is draft.journal:
-            draft.journal.write(chosen=row["candidate"])
-    draft.journal.write(result=artifact.nbytes, before=before, metric=after, seconds=seconds)
+    seconds, rows = time.monotonic() - begun, [r for r in draft.journal.rows if {"stage", "likelihood"} & r.keys()]
     result = Result(artifact, before, after, seconds, rows, chosen, draft.journal.path)
+    _tell(draft.journal, result, attempts)
     # A drop that a stage kept was kept on the data for choosing; what the test split says is reported beside it.
     if chosen is not None and task is not None and budget is not None:
         _keep_drop(budget, task, chosen.before, chosen.after, " on the data for choosing")
     _keep_promise(result, None if on_choice else budget, task, original)
-    draft.journal.keep_result(artifact.save)
     return result
 
 
@@ -182,6 +170,19 @@ def _same(one: Artifact, other: Artifact) -> None:
         array, held = tensor.unpack(), other.tensors[name].unpack()
         if array.dtype != held.dtype or array.tobytes() != held.tobytes():
             raise PromiseBroken(f"{name}: the file that was written is not the one that was measured")
+
+
+def _tell(journal: Journal, result: Result, attempts: Sequence[tuple[Journal, Recipe]]) -> None:
+    """Tell the journal of the run that was taken what came out, and what runs at other settings reached."""
+    for own, stages in attempts if len(attempts) > 1 else []:
+        name, last = setting(stages), [row for row in own.rows if "stage" in row][-1]
+        label = f"{name} {numbers(stages, name)[-1]:.4g}"
+        journal.write(candidate=label, bytes=last.get("bytes"), metric=last.get("metric"))
+        if own is journal:
+            journal.write(chosen=label)
+    seconds = round(result.seconds, 1)
+    journal.write(result=result.artifact.nbytes, before=result.before, metric=result.after, seconds=seconds)
+    journal.keep_result(result.artifact.save)
 
 
 def _keep_promise(result: Result, budget: Budget | None, task: Task | None, original: Mapping[str, Tensor]) -> None:

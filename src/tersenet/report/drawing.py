@@ -22,7 +22,7 @@ INK, GRID, ONE, TWO, GREY = "#000102", "#000103", "#000104", "#000105", "#000106
 ON_PAGE = {INK: "currentColor", GRID: "var(--grid)", ONE: "var(--one)", TWO: "var(--two)", GREY: "var(--grey)"}
 CELL = (59, 136, 204)  # of pictures, whose colours are fixed: seen on light and dark
 WIDTH, HEIGHT, POINTS = 440, 270, 72
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tersenet",
     "text.parse_math": False,  # names may hold dollars
@@ -33,8 +33,6 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
-    "axes.prop_cycle": matplotlib.cycler(color=[ONE]),
-    "axes.unicode_minus": True,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "text.color": INK,

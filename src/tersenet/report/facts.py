@@ -23,6 +23,7 @@ class Line:
     name: str
     form: str
     shape: str
+    axes: int
     codec: str
     weights: int
     before: int
@@ -92,9 +93,9 @@ class Facts:
         return float(claimed) if isinstance(claimed, int | float) else self.told.after
 
     @property
-    def tensors(self) -> tuple[Line, ...]:
-        """The lines of tensors that hold weights."""
-        return tuple(line for line in self.lines if line.weights)
+    def matrices(self) -> list[Line]:
+        """The lines of tensors of two axes or more."""
+        return [line for line in self.lines if line.weights and line.axes > 1]
 
 
 def _line(row: LedgerRow, tensor: Tensor | None, outputs: Mapping[str, float]) -> Line:
@@ -102,7 +103,8 @@ def _line(row: LedgerRow, tensor: Tensor | None, outputs: Mapping[str, float]) -
         key=row.name,
         name=printable(row.name),
         form=row.kind,
-        shape=" × ".join(map(str, row.shape)),
+        shape=" x ".join(map(str, row.shape)),
+        axes=len(row.shape),
         codec=row.codec,
         weights=row.weights,
         before=row.weights * _width(tensor.dtype) if tensor is not None else 0,

@@ -159,14 +159,14 @@ def rounds(steps: Sequence[Step]) -> Drawing:
 
 
 def rate_distortion(told: Told, lines: Sequence[Line]) -> Drawing:
-    """What each layer would cost at each size it could have had: the lower left edge of what was offered to it."""
+    """What each layer would cost at each size that it could have had."""
     sizes = {line.name: line.bytes for line in lines}
     largest = sorted(told.offers, key=lambda name: -sizes.get(name, 0))[: 3 * NAMED]
-    curves = {name: curve for name in largest if len(curve := _edge(told.offers[name])) > 1}
+    curves = {name: told.offers[name] for name in largest}
     with canvas("offers", HEIGHT + 40) as made:
         for number, curve in enumerate(curves.values()):
             first = {"color": TWO, "zorder": 3, "label": _short(next(iter(curves)))} if not number else {"color": GREY}
-            made.axes.plot([x for x, _ in curve], [y for _, y in curve], ".-", linewidth=1, markersize=4, **first)  # type: ignore[arg-type]
+            made.axes.plot([x for x, _ in curve], [y for _, y in curve], ".-", linewidth=1, markersize=4, **first)
         made.axes.set_ylabel("cost at the outputs")
         made.axes.set_xlabel("bytes of the layer")
         _logarithmic(made.axes, "y")
@@ -238,15 +238,6 @@ def _named(axes: Axes, name: str, x: float, y: float, middle: float, up: int = 6
 def _legend(axes: Axes) -> None:
     """A legend above the axes, where nothing is drawn."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1.5)
-
-
-def _edge(offers: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Offers with nothing both smaller and better, by size."""
-    edge = list[tuple[float, float]]()
-    for size, cost in sorted(offers):
-        if cost > 0 and (not edge or cost < edge[-1][1]):
-            edge.append((size, cost))
-    return edge
 
 
 def _sizes(axes: Axes, sizes: Sequence[float]) -> None:

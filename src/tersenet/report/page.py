@@ -65,7 +65,9 @@ def compare(files: Mapping[str, Facts]) -> str:
         files=files,
         rows=[(name, [found.get(name) for found in lines.values()]) for name in names],
         drawings=[figures.side_by_side(files)] if measured > 1 else [],
-        missing=[] if measured > 1 else ["Metric against size is not drawn: fewer than two of the files tell a metric."],
+        missing=[]
+        if measured > 1
+        else ["Metric against size is not drawn: fewer than two of the files tell a metric."],
     )
 
 
@@ -94,8 +96,12 @@ def _headline(facts: Facts) -> list[tuple[str, str, str]]:
         before = "" if told.before is None else f"{told.before:.4f} → "
         found.append(("Metric on the test data", f"{before}{facts.metric:.4f}", "measured from the reopened file"))
     if told.seconds is not None:
-        found.append(("Time", _time(told.seconds), f"{len(told.steps)} stages and rounds"))
+        found.append(("Time", _time(told.seconds), _counted(len(told.steps), "stage or round", "stages and rounds")))
     return found
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
 
 
 def _time(seconds: float) -> str:
@@ -116,37 +122,32 @@ NO_RUN = "the run that made this file is not known; give its folder instead of t
 
 
 def _bytes(facts: Facts) -> Made:
-    if not facts.tensors:
+    if facts.artifact is None:
         return NO_FILE
     return "", [figures.bytes_by_layer(facts)]
 
 
 def _layers(facts: Facts) -> Made:
-    lines = [line for line in _matrices(facts) if line.error]
+    lines = [line for line in facts.matrices if line.error]
     return ("", [figures.layers(lines)]) if lines else "no weight of the file tells an error."
 
 
 def _values(facts: Facts) -> Made:
-    shown, word = _largest(facts, _matrices(facts))
+    shown, word = _largest(facts, facts.matrices)
     if not shown:
         return "no tensor is a matrix."
     return word, [figures.values(line.name, k, histogram(tensor)) for k, (line, tensor) in enumerate(shown)]
 
 
 def _masks(facts: Facts) -> Made:
-    pruned = [line for line in facts.tensors if "Sparse" in line.form or "Sliced" in line.form]
+    pruned = [line for line in facts.lines if "Sparse" in line.form or "Sliced" in line.form]
     shown, word = _largest(facts, pruned)
     found = [figures.mask(line.name, kept) for line, tensor in shown if (kept := mask(tensor.tree)) is not None]
-    first = next(iter(_matrices(facts)), None)
+    first = next(iter(facts.matrices), None)
     inputs = next((image(tensor.tree) for line, tensor in shown if line is first), None)
     if first is not None and inputs is not None:
         found.insert(0, figures.image(first.name, inputs))
     return (word, found) if found else "no weight was pruned."
-
-
-def _matrices(facts: Facts) -> list[Line]:
-    """The lines of tensors of two axes or more."""
-    return [line for line in facts.tensors if " × " in line.shape]
 
 
 def _largest(facts: Facts, lines: list[Line]) -> tuple[list[tuple[Line, Any]], str]:

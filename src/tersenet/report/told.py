@@ -44,8 +44,8 @@ class Candidate:
 class Told:
     """A run as its journal tells it; what it does not tell is None or empty. `words` are what a reader should know.
 
-    `offers` has, by weight, the bytes and the cost at the outputs of what the weight could have become; `scores` what
-    a search of channels scored, in its order. `before`, `after` and `seconds` are those of the whole run.
+    `offers` has, by weight, the bytes and the cost at the outputs of what it could have become, by size and without what
+    another beats or what loses nothing; `scores` what a search of channels scored, in its order. `before`, `after` and `seconds` are those of the whole run.
     """
 
     recipe: tuple[str, ...] = ()
@@ -153,5 +153,10 @@ def _offers(rows: Sequence[Row]) -> dict[str, tuple[tuple[float, float], ...]]:
             continue
         pairs = [dict(zip(("bytes", "cost"), offer)) for offer in offers if isinstance(offer, list)]
         both = [(_number(pair, "bytes"), _number(pair, "cost")) for pair in pairs]
-        found[_text(row["layer"])] = tuple((size, cost) for size, cost in both if size is not None and cost is not None)
+        edge = list[tuple[float, float]]()
+        for size, cost in sorted((size, cost) for size, cost in both if size is not None and cost is not None):
+            if cost > 0 and (not edge or cost < edge[-1][1]):
+                edge.append((size, cost))
+        if len(edge) > 1:
+            found[_text(row["layer"])] = tuple(edge)
     return found

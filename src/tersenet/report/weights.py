@@ -85,7 +85,7 @@ def _grid(tree: Tree) -> tuple[Array, str]:
         return _steps(tree)
     if isinstance(tree, Transformed):
         return nothing, "its transform is packed, not these values"
-    return nothing, f"a {type(tree).__name__} tree" if isinstance(tree, Packed) else "not packed"
+    return nothing, f"a {type(tree).__name__} tree" if isinstance(tree, Packed) else "not quantized"
 
 
 def _steps(tree: Uniform) -> tuple[Array, str]:
