@@ -19,11 +19,11 @@ MAY = {
     "container": "packed codecs cores deferred", "header": "container packed codecs",
     "decoding": "container header packed codecs deferred", "writing": "container packed codecs",
     "norms": "container",
-    "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense",
+    "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense notebook",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal dense", "journal": "replacing", "replacing": "",
-    "run": "activations container contract draft task artifact journal key origins data",
+    "run": "activations container contract draft task artifact journal key origins data notebook replacing report",
     "contract": "draft norms packed structure task",
     "folding": "draft norms packed structure artifact task tracing",
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
@@ -37,12 +37,13 @@ MAY = {
     "recipe_file": "papers stages methods allocators run where",
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
-    "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
+    "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact container journal packed structure",
+    "notebook": "artifact", "cli_files": "codecs task_file",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
     "flower": "codecs", "updates": "artifact container decoding header packed codecs sources",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
     "published": "artifact packed", "export": "artifact codecs container header packed",
-    "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs"
+    "cli": "cli_files replacing sources targets doctor plan papers report runtime run budget draft artifact codecs"
            " promise published recipe_file updates export",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip

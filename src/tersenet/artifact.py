@@ -220,6 +220,11 @@ class Artifact(Mapping[str, Tree]):
     def __str__(self) -> str:
         return ledger_text(self.ledger())
 
+    def _repr_html_(self) -> str:
+        from tersenet.notebook import ledger_html
+
+        return ledger_html(self.ledger())
+
 
 def load(source: str | Path | bytes, tensors: Iterable[str] | None = None, limit: int | None = None) -> Artifact:
     """Open a file and check every byte of it; or open the named tensors of it alone, without reading the others.

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +19,9 @@ from tersenet.data import is_pair
 from tersenet.draft import QUICK, Draft, artifact_of, dense_array
 from tersenet.journal import Row, memory
 from tersenet.key import Uncacheable, key_of
+from tersenet.notebook import ledger_html
 from tersenet.origins import versions
+from tersenet.replacing import write_atomically
 from tersenet.task import Task, duplicate
 
 FACTS = ("folded", "rules", "left", "activations")  # of a draft, that its trees do not tell
@@ -81,12 +82,26 @@ class Result:
     journal: Path | None = None
 
     def __str__(self) -> str:
-        text = f"{self.artifact}\n"
-        if self.choice is not None:
-            text += f"{self.choice}\n"
+        return "\n".join([str(self.artifact), *self._words()])
+
+    def _repr_html_(self) -> str:
+        return ledger_html(self.artifact.ledger(), "; ".join(self._words()))
+
+    def _words(self) -> list[str]:
+        words = [] if self.choice is None else [str(self.choice)]
         if self.after is not None and self.before is not None:
-            text += f"test metric {self.before:.4f} -> {self.after:.4f} (from the reopened file)\n"
-        return text + f"{self.seconds:.1f} s"
+            words.append(f"test metric {self.before:.4f} -> {self.after:.4f} (from the reopened file)")
+        return [*words, f"{self.seconds:.1f} s"]
+
+    def report(self, path: str | Path) -> None:
+        """Write a page that shows the file and the run that made it; needs `tersenet[report]`."""
+        from tersenet.report.facts import Facts
+        from tersenet.report.page import report
+        from tersenet.report.told import Told
+
+        told = Told.of(self.rows) if self.journal is None else Told.of_folder(self.journal.parent)
+        told = replace(told, before=self.before, after=self.after, seconds=self.seconds)
+        write_atomically(Path(path), report(Facts.made(Path(path).stem, self.artifact, told)).encode())
 
 
 def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, log: Callable[[Row], None]) -> Draft:
@@ -181,13 +196,4 @@ def _kept(path: Path | None) -> Artifact | None:
     try:
         return load(path, limit=1 << 40) if path is not None and path.exists() else None
     except (FormatError, OSError):
-        return None
-
-
-def cache_folder() -> Path | None:
-    """Where stage results are kept unless a caller says otherwise; None where the user has no home."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "tersenet"
-    except RuntimeError:
         return None
