@@ -18,6 +18,8 @@
 #define TYPES 18
 #define TIED 255
 
+_Static_assert(sizeof(device_item) <= 128 && sizeof(device_tensor) <= 32, "export.py goes by these");
+
 int32_t device_fail(device_file *f, int32_t error) {
     if (!f->error) f->error = error;
     return f->error;
@@ -254,13 +256,13 @@ static device_cursor header(parser *p) {
         return f->error ? in : inflated(f, coded, length, sizeof DICTIONARY);
     }
     const uint32_t length = word(bytes + MAGIC + 1);
+    if (bytes[MAGIC] != 1 || size < 27 || length < 1 || length > HEADER_CAP || length > size - 26)
+        return damaged(p), (device_cursor){0};
     device_cursor in = {bytes + 15, bytes + 14 + length, 0};
-    if (bytes[MAGIC] != 1 || size < 27 || length < 1 || length > HEADER_CAP || length > size - 26) return damaged(p), in;
     const uint32_t sum = crc(crc(0, bytes, 10), bytes + 14, length);
     if (word(bytes + 10) != sum || word(bytes + size - 4) != crc(0, bytes, size - 4)) damaged(p);
     if (word(bytes + size - 12) != size || word(bytes + size - 8) || bytes[14] > 1) damaged(p);
     p->streams = 14 + length;
-    in.end = bytes + 14 + length;
     return f->error || bytes[14] == 0 ? in : inflated(f, in.at, length - 1, 0);
 }
 

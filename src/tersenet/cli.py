@@ -215,7 +215,8 @@ def export(
     except ValueError as wrong:
         raise ValueError(f"{file}: {wrong}") from None
     write_atomically(output, text.encode())
-    typer.echo(f"wrote {output}: {c_name(file.name)}[{len(data)}]. Next: make -C examples/c MODEL={output.resolve()}")
+    name = c_name(file.name)
+    typer.echo(f"wrote {output}: {name}[{len(data)}]. Next: make -C examples/c MODEL={output.resolve()} NAME={name}")
 
 
 @app.command(name="report")

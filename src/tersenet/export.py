@@ -18,7 +18,7 @@ from tersenet.packed import Array, Packed, Sliced, Sparse, Transformed, Tree, Un
 
 LACKS_CODECS = {"bzip2", "zstd"}
 HAS_NODES = {"Uniform", "Codebook", "Sparse", "Sliced", "Transformed", "Reshaped"}
-ITEM, TENSOR, DICTIONARY = 144, 32, 648  # bytes of a value of the header and of a tensor, at most, and beside its text
+ITEM, TENSOR, DICTIONARY = 128, 32, 648  # bytes of a value of the header and of a tensor, at most, and beside its text
 TABLE, CODES, SKIP = 1024, 256, 255  # of values that are told apart by a byte; gaps end there
 SHARES, PRIOR, SLOTS = 28_272, 3_200, 4_096  # what LZMA, the context codec and rANS learn or look up
 
