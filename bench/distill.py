@@ -9,7 +9,7 @@ by what makes the fewest errors on CHECKED training images of all digits.
 cifar10: the given ResNet-56 teaches on the first IMAGES training images, scored on the first SCORED test images.
 "features" match the outputs of the three groups of layers as well, of equal shapes in both.
 sequences: the language pair of transduction.py. Students see the same sources for as many epochs; "interpolated" trains
-the sequence-level student for half as many more. BLEU (sacrebleu) is against the one reference drawn for a sentence,
+the sequence-level student for half as many more, "pruned" in two rounds of half as many with the rate rewound. BLEU (sacrebleu) is against the one reference drawn for a sentence,
 "bleu_any" against all right translations; "right" is the share that is one of these word for word.
 """
 
@@ -181,7 +181,7 @@ def sequences() -> Iterator[dict[str, Any]]:
     data = training_data(DECODING, pairs.sources, pairs.references)
     held = training_data(DECODING, tests.sources, tests.references)
 
-    def row(method: str, model: nn.Module, seconds: float, epochs: float = SENTENCES.epochs) -> dict[str, Any]:
+    def row(method: str, model: nn.Module, seconds: float, epochs: int = SENTENCES.epochs) -> dict[str, Any]:
         both = scores(model, tests, 1) | scores(model, tests, 5)
         size = {"parameters": sum(int((p != 0).sum()) for p in model.parameters())}
         return {"part": "sequences", "method": method, **both, **size, "epochs": epochs, "seconds": seconds}
@@ -202,13 +202,14 @@ def sequences() -> Iterator[dict[str, Any]]:
     student, seconds = trained(best)
     yield row("student, sequence level", student, seconds)
     began = time.process_time()
-    pruned = Prune(0.3, 2, SENTENCES.epochs // 4)(Draft.of_model(student), replace(best, model=student)).module().eval()
+    half = SENTENCES.epochs // 2
+    again = replace(best, model=student, schedule=replace(SENTENCES, epochs=half))
+    pruned = Prune(0.3, 2, half)(Draft.of_model(student), again).module().eval()
     more = round(time.process_time() - began, 1)
-    yield row("student, sequence level, pruned to 30 %", pruned, seconds + more, 1.5 * SENTENCES.epochs)
-    half = replace(SENTENCES, epochs=SENTENCES.epochs // 2, lr=SENTENCES.lr / 4)
-    near = interpolated(replace(small, model=student, schedule=half), DECODING, teacher)
-    model, more = trained(near)
-    yield row("student, sequence level, then interpolated", model, seconds + more, 1.5 * SENTENCES.epochs)
+    yield row("student, sequence level, pruned to 30 %", pruned, seconds + more, SENTENCES.epochs + 2 * half)
+    near = replace(small, model=student, schedule=replace(SENTENCES, epochs=half, lr=SENTENCES.lr / 4))
+    model, more = trained(interpolated(near, DECODING, teacher))
+    yield row("student, sequence level, then interpolated", model, seconds + more, SENTENCES.epochs + half)
 
 
 # ---------------------------------------------------------------- rows
