@@ -1,0 +1,345 @@
+"""Forms of a weight matrix that are multiplied with as they are, W [rows, columns] with x [count, columns] of float32.
+
+Arrays here are NumPy's. Nothing knows of torch, files or trees: `kernels.py` makes forms of trees.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tersenet import cores, native
+
+Array = Any
+ROWS, COLUMNS, ROOM = 16, 16, 4096  # TERSE_ROWS, TERSE_COLUMNS and TERSE_ROOM of native/terse.h
+FEW = 4  # inputs up to which sparse rows are gone through for each
+GROUP = 16_384  # columns whose products fit into 32 bits
+WORTH_A_THREAD = 1 << 16  # bytes of a form
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """The threads of this process; one that was forked has none of its parent's."""
+    return ThreadPoolExecutor(max(1, cores.usable() - 1), "tersenet")
+
+
+def shared(work: Callable[[int, int], object], n: int, threads: int) -> None:
+    """Call work(first, last) for all of 0 to n in as many parts as there are threads, the first of them here."""
+    threads = max(1, min(threads, n))
+    edges = [n * k // threads for k in range(threads + 1)]
+    parts = list(zip(edges[1:], edges[2:]))
+    waiting = [_pool(os.getpid()).submit(work, *part) for part in parts]
+    work(edges[0], edges[1])
+    for done in waiting:
+        done.result()
+
+
+def padded(x: Array, least: int) -> Array:
+    """Inputs with zeros behind them; several lie so that their cache lines are not those of one set."""
+    stride = least if len(x) == 1 else (least // 1024 * 1024 + 16 if least % 1024 < 16 else least)
+    return x if stride == x.shape[1] else np.pad(x, ((0, 0), (0, stride - x.shape[1])))
+
+
+def aligned(*shape: int) -> Array:
+    """Floats that begin with a cache line."""
+    room: Array = np.empty(4 * math.prod(shape) + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    return room[begin : begin + 4 * math.prod(shape)].view(np.float32).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A weight in executable form: its arrays, then numbers."""
+
+    why: ClassVar[str]
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        """x W^T: float32 [count, columns] -> [count, rows]."""
+        raise TypeError(f"{type(self).__name__} does not say how to multiply")
+
+    @property
+    def nbytes(self) -> int:
+        parts = [getattr(self, f.name) for f in fields(self)]
+        nested = [p for part in parts for p in (part if isinstance(part, tuple) else (part,))]
+        return sum(p.nbytes for p in nested if isinstance(p, np.ndarray | Form))
+
+    def threads(self, most: int) -> int:
+        """How many threads are worth being woken."""
+        return max(1, min(most, self.nbytes // WORTH_A_THREAD))
+
+
+@dataclass(frozen=True, eq=False)
+class SparseRows(Form):
+    """The numbers that are not zero, with their columns in 16 bits; `values` float32 or, with a `book`, uint8 codes.
+
+    A product with one input gathers; one with several takes each number times all inputs (the rows of X^T).
+    """
+
+    values: Array  # [n]
+    columns: Array  # uint16 [n]
+    starts: Array  # int64 [rows + 1]
+    book: Array  # float32 [k], k = 0 where values are floats
+    width: int
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        count, rows = len(x), len(self.starts) - 1
+        if count <= FEW:
+            y: Array = np.empty((count, rows), np.float32)
+            for one, out in zip(x, y):
+                self._shared("sparse_dot", threads, rows, one, out, native.simd())
+            return y
+        wide = -(-count // 16) * 16
+        across = aligned(self.width, wide)
+        across[:, :count] = x.T
+        across[:, count:] = 0
+        place = np.arange(0, self.width * wide, wide, dtype=np.int32)
+        return np.ascontiguousarray(self.windows(across, place, wide, threads)[:, :count].T)
+
+    def windows(self, x: Array, place: Array, width: int, threads: int = 1) -> Array:
+        """[rows, width]: of each row its numbers times x[place[column] + (0 to width)]; place is int32."""
+        rows = len(self.starts) - 1
+        y: Array = np.empty((rows, width), np.float32)
+        self._shared("sparse_windows", threads, rows, x, place, width, y, width, native.simd())
+        return y
+
+    def _shared(self, name: str, threads: int, rows: int, *rest: Any) -> None:
+        floats = len(self.book) == 0
+        own = (self.values, None, None) if floats else (None, self.values, self.book)
+        head = (*own, self.columns, self.starts)
+        shared(lambda first, last: native.call(name, *head, first, last, *rest), rows, self.threads(threads))
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedRows(Form):
+    """The numbers that are not zero, and a bit for each column."""
+
+    values: Array  # float32 [n + 16]
+    mask: Array  # uint16 [rows, words]
+    starts: Array  # int64 [rows + 1]
+    width: int
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        rows, words = self.mask.shape
+        x = padded(x, 16 * words)
+        y: Array = np.empty((len(x), rows), np.float32)
+        head = (self.values, self.mask, rows, words, self.starts, x, x.shape[1], len(x))
+        shared(
+            lambda first, last: native.call("masked_product", *head, first, last, y, native.simd()),
+            rows, self.threads(threads),
+        )  # fmt: skip
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Levels(Form):
+    """scale * (level + offset) in groups of columns, times inputs of `planes` bytes: exact in integers within a group.
+
+    `factor` [columns] multiplies the inputs; without offsets by group all are `shift`.
+    """
+
+    weights: Array  # uint8 [blocks, groups, width / 16, bits / 2, 16, 4]
+    scale: Array  # float32 [blocks, groups, 16]
+    offset: Array  # int32 [blocks, groups, 16], or none
+    factor: Array  # float32 [columns], or none
+    bits: int
+    rows: int
+    columns: int
+    group: int
+    shift: int
+    planes: int
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        count, (blocks, groups, _) = len(x), self.scale.shape
+        width = -(-self.group // COLUMNS) * COLUMNS
+        digits: Array = np.empty((count, groups * width * self.planes + 64), np.int8)
+        sums: Array = np.empty((count, self.planes, groups), np.int32)
+        steps: Array = np.empty(count, np.float32)
+        y: Array = np.empty((count, self.rows), np.float32)
+        factor, offset = (part if part.size else None for part in (self.factor, self.offset))
+        native.call(
+            "levels_digits", x, factor, count, self.columns, self.group, width, self.planes, digits, sums, steps
+        )
+        head = (self.weights, self.bits, self.rows, groups, width, self.scale, offset, self.shift, digits, sums, steps)
+        rest = (y, native.simd())
+        shared(
+            lambda first, last: native.call("levels_product", *head, count, self.planes, first, last, *rest),
+            blocks, self.threads(threads),
+        )  # fmt: skip
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Codes(Form):
+    """book[codes] of at most 128 floats, 4 or 8 bits each."""
+
+    codes: Array  # uint32 [blocks, words, 16]
+    book: Array  # float32 [256]
+    size: int
+    bits: int
+    rows: int
+    columns: int
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        blocks, words, _ = self.codes.shape
+        x = padded(x, words * (32 // self.bits))
+        y: Array = np.empty((len(x), self.rows), np.float32)
+        head = (self.codes, self.bits, self.rows, words, self.book, self.size, x, x.shape[1], len(x))
+        shared(
+            lambda first, last: native.call("codes_product", *head, first, last, y, native.simd()),
+            blocks, self.threads(threads),
+        )  # fmt: skip
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors(Form):
+    """Codewords that are vectors: each is multiplied by its part of the input once, and rows add up what they find."""
+
+    index: Array  # uint8 [blocks / 16, rows, 16]
+    book: Array  # float32 [d, size]
+    blocks: int
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        (_, rows, _), (d, size) = self.index.shape, self.book.shape
+        y: Array = np.empty((len(x), rows), np.float32)
+
+        def work(first: int, last: int) -> None:
+            room: Array = np.empty(ROOM, np.float32)
+            for one, out in zip(x, y):
+                native.call(
+                    "blocks_product", self.index, rows, self.blocks, self.book, size, d, one, first, last, out, room
+                )  # fmt: skip
+
+        shared(work, rows, self.threads(threads))
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(Form):
+    """Factors one after another, the first of them first."""
+
+    forms: tuple[Form, ...]
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        return functools.reduce(lambda x, form: form.product(x, threads), self.forms, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Form):
+    """Forms whose products are added, each of the columns from one edge to another."""
+
+    forms: tuple[Form, ...]
+    edges: tuple[tuple[int, int], ...]
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        whole = (0, x.shape[1])
+        parts = [
+            form.product(x if edge == whole else np.ascontiguousarray(x[:, slice(*edge)]), threads)
+            for form, edge in zip(self.forms, self.edges)
+        ]
+        return functools.reduce(np.add, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Form):
+    """The weight itself."""
+
+    weight: Array  # float32 [rows, columns]
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        return x @ self.weight.T
+
+
+def sparse_rows(mask: Array, values: Array, book: Array | None = None) -> Form:
+    """Values of a mask [rows, columns] in C order, or codes of a book; by 65,536 columns at a time."""
+    rows, width = mask.shape
+    if width > 1 << 16:
+        number: Array = np.zeros(mask.shape, np.int64)
+        number[mask] = np.arange(len(values))
+        edges = [(a, min(a + (1 << 16), width)) for a in range(0, width, 1 << 16)]
+        parts = [(mask[:, a:b], values[number[:, a:b][mask[:, a:b]]]) for a, b in edges]
+        return Sum(tuple(sparse_rows(own, there, book) for own, there in parts), tuple(edges))
+    columns = np.nonzero(mask)[1].astype(np.uint16)
+    codewords = np.zeros(0, np.float32) if book is None else np.ascontiguousarray(book, np.float32)
+    kind = np.float32 if book is None else np.uint8
+    return SparseRows(np.ascontiguousarray(values, kind), columns, _starts(mask), codewords, width)
+
+
+def masked_rows(mask: Array, values: Array) -> Form:
+    """The same with a bit for each column."""
+    rows, width = mask.shape
+    if width > 1 << 16:
+        return sparse_rows(mask, values)
+    padded = np.pad(mask, ((0, 0), (0, -width % 16)))
+    words = np.packbits(padded, axis=1, bitorder="little").view("<u2").reshape(rows, -1)
+    kept = np.concatenate([values.astype(np.float32, copy=False), np.zeros(16, np.float32)])
+    return MaskedRows(kept, np.ascontiguousarray(words, np.uint16), _starts(mask), width)
+
+
+def _starts(mask: Array) -> Array:
+    return np.concatenate([[0], np.cumsum(np.count_nonzero(mask, axis=1))]).astype(np.int64)
+
+
+def levels(
+    q: Array, scale: Array, offset: Array | int, factor: Array | None, planes: int, low: int | None = None
+) -> Levels:
+    """scale * (q + offset) * factor of integers [rows, columns]; scale, and offset where it is no number, [rows, groups].
+
+    Levels are stored from `low`, without it the least, on in as few bits as they take, at most eight.
+    """
+    (rows, columns), groups = q.shape, scale.shape[1]
+    low = int(q.min(initial=0)) if low is None else low
+    most = int(q.max(initial=low)) - low
+    bits = 2 if most < 4 else 4 if most < 16 else 8
+    group = -(-columns // groups) if groups else 1
+    if group > GROUP:  # cut, with the same scale for all parts
+        parts = -(-columns // GROUP)
+        scale, group = np.repeat(scale, parts, 1), GROUP
+        offset = offset if isinstance(offset, int) else np.repeat(offset, parts, 1)
+        groups = parts
+    width, blocks = -(-group // COLUMNS) * COLUMNS, -(-rows // ROWS)
+    u: Array = np.zeros((blocks * ROWS, groups * group), np.uint8)
+    np.subtract(q, low, out=u[:rows, :columns], casting="unsafe")
+    u = np.pad(u.reshape(blocks, ROWS, groups, group), ((0, 0), (0, 0), (0, 0), (0, width - group)))
+    per = 8 // bits
+    u = u.reshape(blocks, ROWS, groups, width // COLUMNS, 4 // per, per, 4)
+    packed = functools.reduce(np.bitwise_or, [u[..., t, :] << np.uint8(bits * t) for t in range(per)])
+    weights = np.ascontiguousarray(packed.transpose(0, 2, 3, 4, 1, 5))
+
+    def side_by_side(part: Array, kind: Any) -> Array:
+        padded = np.pad(part, ((0, blocks * ROWS - rows), (0, 0)))
+        return np.ascontiguousarray(padded.reshape(blocks, ROWS, groups).transpose(0, 2, 1), kind)
+
+    none: Array = np.zeros(0, np.int32)
+    shift, offsets = (low + offset, none) if isinstance(offset, int) else (0, side_by_side(offset + low, np.int32))
+    columns_by = np.zeros(0, np.float32) if factor is None else np.ascontiguousarray(factor, np.float32)
+    scales = side_by_side(scale, np.float32)
+    return Levels(weights, scales, offsets, columns_by, bits, rows, columns, group, shift, planes)
+
+
+def codes(index: Array, book: Array) -> Codes:
+    """Codewords [k] by number [rows, columns]."""
+    (rows, columns), size = index.shape, len(book)
+    bits = 4 if size <= 16 else 8
+    each, blocks = 32 // bits, -(-rows // ROWS)
+    words = -(-columns // each)
+    u = np.pad(index.astype(np.uint8), ((0, blocks * ROWS - rows), (0, words * each - columns)))
+    u = u.reshape(blocks, ROWS, words, each).astype(np.uint32)
+    packed = functools.reduce(np.bitwise_or, [u[..., t] << np.uint32(bits * t) for t in range(each)])
+    whole = np.zeros(256, np.float32)
+    whole[:size] = book
+    return Codes(np.ascontiguousarray(packed.transpose(0, 2, 1)), whole, size, bits, rows, columns)
+
+
+def vectors(index: Array, book: Array) -> Vectors:
+    """Codewords [k, d] by number [rows, blocks]."""
+    rows, blocks = index.shape
+    each = ROOM // 256
+    whole = np.pad(index.astype(np.uint8), ((0, 0), (0, -blocks % each))).reshape(rows, -1, each)
+    by_block = np.ascontiguousarray(whole.transpose(1, 0, 2))
+    return Vectors(by_block, np.ascontiguousarray(book.T, np.float32), blocks)
