@@ -17,7 +17,7 @@ MAY = {
     "container": "packed codecs cores deferred", "header": "container packed codecs",
     "decoding": "container header packed codecs deferred", "writing": "container packed codecs",
     "norms": "container",
-    "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense",
+    "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense runtime",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal dense", "journal": "replacing", "replacing": "",
@@ -35,7 +35,7 @@ MAY = {
     "recipe_file": "papers stages methods allocators run where",
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
-    "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
+    "runtime": "packed artifact native cores container norms task", "threelc": "codecs", "report": "artifact information",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
     "flower": "codecs", "updates": "artifact container decoding header packed codecs sources",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
@@ -46,7 +46,7 @@ MAY = {
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",
          "tracing", "stages", "promise", "strength", "threelc", "information", "norms", "data", "likelihood",
-         "where", "statistics", "key", "checkpoint", "task_file", "plan"}  # fmt: skip
+         "where", "statistics", "key", "checkpoint", "task_file", "plan", "runtime"}  # fmt: skip
 
 
 def imports(file: Path):

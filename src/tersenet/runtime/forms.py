@@ -4,12 +4,13 @@ Arrays here are NumPy's. Nothing knows of torch, files or trees: `kernels.py` ma
 """
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +33,9 @@ def shared(work: Callable[[int, int], object], n: int, threads: int) -> None:
     """Call work(first, last) for all of 0 to n in as many parts as there are threads, the first of them here."""
     threads = max(1, min(threads, n))
     edges = [n * k // threads for k in range(threads + 1)]
-    parts = list(zip(edges[1:], edges[2:]))
-    waiting = [_pool(os.getpid()).submit(work, *part) for part in parts]
-    work(edges[0], edges[1])
+    first, *others = itertools.pairwise(edges)
+    waiting = [_pool(os.getpid()).submit(work, *part) for part in others]
+    work(*first)
     for done in waiting:
         done.result()
 
@@ -55,8 +56,6 @@ def aligned(*shape: int) -> Array:
 @dataclass(frozen=True, eq=False)
 class Form:
     """A weight in executable form: its arrays, then numbers."""
-
-    why: ClassVar[str]
 
     def product(self, x: Array, threads: int = 1) -> Array:
         """x W^T: float32 [count, columns] -> [count, rows]."""
@@ -100,11 +99,11 @@ class SparseRows(Form):
         place = np.arange(0, self.width * wide, wide, dtype=np.int32)
         return np.ascontiguousarray(self.windows(across, place, wide, threads)[:, :count].T)
 
-    def windows(self, x: Array, place: Array, width: int, threads: int = 1) -> Array:
-        """[rows, width]: of each row its numbers times x[place[column] + (0 to width)]; place is int32."""
+    def windows(self, x: Array, place: Array, width: int, threads: int = 1, out: Array | None = None) -> Array:
+        """[rows, width or more]: of each row its numbers times x[place[column] + (0 to width)]; place is int32."""
         rows = len(self.starts) - 1
-        y: Array = np.empty((rows, width), np.float32)
-        self._shared("sparse_windows", threads, rows, x, place, width, y, width, native.simd())
+        y: Array = np.empty((rows, width), np.float32) if out is None else out
+        self._shared("sparse_windows", threads, rows, x, place, width, y, y.shape[1], native.simd())
         return y
 
     def _shared(self, name: str, threads: int, rows: int, *rest: Any) -> None:
@@ -246,6 +245,24 @@ class Sum(Form):
 
 
 @dataclass(frozen=True, eq=False)
+class Part(Form):
+    """A form of some rows, or of some columns, of a weight with `size` rows; the others are zero."""
+
+    form: Form
+    rows: Array  # int64, or none: all
+    columns: Array  # int64, or none: all
+    size: int
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        y = self.form.product(x.take(self.columns, 1) if self.columns.size else x, threads)
+        if not self.rows.size:
+            return y
+        whole: Array = np.zeros((len(x), self.size), np.float32)
+        whole[:, self.rows] = y
+        return whole
+
+
+@dataclass(frozen=True, eq=False)
 class Dense(Form):
     """The weight itself."""
 
@@ -253,93 +270,3 @@ class Dense(Form):
 
     def product(self, x: Array, threads: int = 1) -> Array:
         return x @ self.weight.T
-
-
-def sparse_rows(mask: Array, values: Array, book: Array | None = None) -> Form:
-    """Values of a mask [rows, columns] in C order, or codes of a book; by 65,536 columns at a time."""
-    rows, width = mask.shape
-    if width > 1 << 16:
-        number: Array = np.zeros(mask.shape, np.int64)
-        number[mask] = np.arange(len(values))
-        edges = [(a, min(a + (1 << 16), width)) for a in range(0, width, 1 << 16)]
-        parts = [(mask[:, a:b], values[number[:, a:b][mask[:, a:b]]]) for a, b in edges]
-        return Sum(tuple(sparse_rows(own, there, book) for own, there in parts), tuple(edges))
-    columns = np.nonzero(mask)[1].astype(np.uint16)
-    codewords = np.zeros(0, np.float32) if book is None else np.ascontiguousarray(book, np.float32)
-    kind = np.float32 if book is None else np.uint8
-    return SparseRows(np.ascontiguousarray(values, kind), columns, _starts(mask), codewords, width)
-
-
-def masked_rows(mask: Array, values: Array) -> Form:
-    """The same with a bit for each column."""
-    rows, width = mask.shape
-    if width > 1 << 16:
-        return sparse_rows(mask, values)
-    padded = np.pad(mask, ((0, 0), (0, -width % 16)))
-    words = np.packbits(padded, axis=1, bitorder="little").view("<u2").reshape(rows, -1)
-    kept = np.concatenate([values.astype(np.float32, copy=False), np.zeros(16, np.float32)])
-    return MaskedRows(kept, np.ascontiguousarray(words, np.uint16), _starts(mask), width)
-
-
-def _starts(mask: Array) -> Array:
-    return np.concatenate([[0], np.cumsum(np.count_nonzero(mask, axis=1))]).astype(np.int64)
-
-
-def levels(
-    q: Array, scale: Array, offset: Array | int, factor: Array | None, planes: int, low: int | None = None
-) -> Levels:
-    """scale * (q + offset) * factor of integers [rows, columns]; scale, and offset where it is no number, [rows, groups].
-
-    Levels are stored from `low`, without it the least, on in as few bits as they take, at most eight.
-    """
-    (rows, columns), groups = q.shape, scale.shape[1]
-    low = int(q.min(initial=0)) if low is None else low
-    most = int(q.max(initial=low)) - low
-    bits = 2 if most < 4 else 4 if most < 16 else 8
-    group = -(-columns // groups) if groups else 1
-    if group > GROUP:  # cut, with the same scale for all parts
-        parts = -(-columns // GROUP)
-        scale, group = np.repeat(scale, parts, 1), GROUP
-        offset = offset if isinstance(offset, int) else np.repeat(offset, parts, 1)
-        groups = parts
-    width, blocks = -(-group // COLUMNS) * COLUMNS, -(-rows // ROWS)
-    u: Array = np.zeros((blocks * ROWS, groups * group), np.uint8)
-    np.subtract(q, low, out=u[:rows, :columns], casting="unsafe")
-    u = np.pad(u.reshape(blocks, ROWS, groups, group), ((0, 0), (0, 0), (0, 0), (0, width - group)))
-    per = 8 // bits
-    u = u.reshape(blocks, ROWS, groups, width // COLUMNS, 4 // per, per, 4)
-    packed = functools.reduce(np.bitwise_or, [u[..., t, :] << np.uint8(bits * t) for t in range(per)])
-    weights = np.ascontiguousarray(packed.transpose(0, 2, 3, 4, 1, 5))
-
-    def side_by_side(part: Array, kind: Any) -> Array:
-        padded = np.pad(part, ((0, blocks * ROWS - rows), (0, 0)))
-        return np.ascontiguousarray(padded.reshape(blocks, ROWS, groups).transpose(0, 2, 1), kind)
-
-    none: Array = np.zeros(0, np.int32)
-    shift, offsets = (low + offset, none) if isinstance(offset, int) else (0, side_by_side(offset + low, np.int32))
-    columns_by = np.zeros(0, np.float32) if factor is None else np.ascontiguousarray(factor, np.float32)
-    scales = side_by_side(scale, np.float32)
-    return Levels(weights, scales, offsets, columns_by, bits, rows, columns, group, shift, planes)
-
-
-def codes(index: Array, book: Array) -> Codes:
-    """Codewords [k] by number [rows, columns]."""
-    (rows, columns), size = index.shape, len(book)
-    bits = 4 if size <= 16 else 8
-    each, blocks = 32 // bits, -(-rows // ROWS)
-    words = -(-columns // each)
-    u = np.pad(index.astype(np.uint8), ((0, blocks * ROWS - rows), (0, words * each - columns)))
-    u = u.reshape(blocks, ROWS, words, each).astype(np.uint32)
-    packed = functools.reduce(np.bitwise_or, [u[..., t] << np.uint32(bits * t) for t in range(each)])
-    whole = np.zeros(256, np.float32)
-    whole[:size] = book
-    return Codes(np.ascontiguousarray(packed.transpose(0, 2, 1)), whole, size, bits, rows, columns)
-
-
-def vectors(index: Array, book: Array) -> Vectors:
-    """Codewords [k, d] by number [rows, blocks]."""
-    rows, blocks = index.shape
-    each = ROOM // 256
-    whole = np.pad(index.astype(np.uint8), ((0, 0), (0, -blocks % each))).reshape(rows, -1, each)
-    by_block = np.ascontiguousarray(whole.transpose(1, 0, 2))
-    return Vectors(by_block, np.ascontiguousarray(book.T, np.float32), blocks)
