@@ -46,7 +46,7 @@ INLINE int32_t magnitude(float value) {
 }
 
 int64_t terse_levels_digits(const float *x, const float *factor, int64_t count, int64_t n, int64_t group, int64_t width,
-                            int64_t planes, int8_t *digits, int32_t *sums, float *steps) {
+                            int64_t planes, int8_t *digits, int32_t *sums, double *steps) {
     static const double most[MOST] = {127, 32639, 8355711}; /* 127, and 127 in each digit behind it */
     if (count < 0 || n < 0 || group < 1 || width < group || width % COLUMNS || planes < 1 || planes > MOST)
         return TERSE_EARGUMENT;
@@ -57,11 +57,12 @@ int64_t terse_levels_digits(const float *x, const float *factor, int64_t count, 
             int32_t size = magnitude(factor ? x[i] * factor[i] : x[i]);
             largest = size > largest ? size : largest;
         }
-        const int32_t finite = largest < 0x7f800000, nan = 0x7fc00000;
+        const int32_t finite = largest < 0x7f800000;
+        const uint64_t nan = (uint64_t)0x7ff8 << 48;
         float size;
         memcpy(&size, &largest, sizeof size);
         double step = finite ? size / most[planes - 1] : 0, inverse = step > 0 ? 1 / step : 0;
-        steps[b] = (float)step;
+        steps[b] = step;
         if (!finite) memcpy(steps + b, &nan, sizeof nan);
         memset(digits, 0, (size_t)(planes * groups * width));
         for (int64_t g = 0; g < groups; g++) {
@@ -248,7 +249,7 @@ AVX2 static void avx2_block(const block *k, int32_t bits, int32_t inputs, int32_
 
 int64_t terse_levels_product(const uint8_t *weights, int64_t bits, int64_t rows, int64_t groups, int64_t width,
                              const float *scale, const int32_t *offset, int64_t shift, const int8_t *digits,
-                             const int32_t *sums, const float *steps, int64_t count, int64_t planes, int64_t first,
+                             const int32_t *sums, const double *steps, int64_t count, int64_t planes, int64_t first,
                              int64_t last, float *y, int64_t simd) {
     if ((bits != 8 && bits != 4 && bits != 2) || rows < 0 || groups < 0 || width < 0 || width % COLUMNS || count < 0 ||
         planes < 1 || planes > MOST || first < 0 || last < first || last > (rows + ROWS - 1) / ROWS)
@@ -270,7 +271,7 @@ int64_t terse_levels_product(const uint8_t *weights, int64_t bits, int64_t rows,
                 plain(&k, (int32_t)bits, inputs, (int32_t)planes, out);
             for (int32_t i = 0; i < inputs; i++, b++)
                 for (int64_t row = r * ROWS; row < (r + 1) * ROWS && row < rows; row++)
-                    y[b * rows + row] = out[i * ROWS + row % ROWS] * steps[b];
+                    y[b * rows + row] = (float)(out[i * ROWS + row % ROWS] * steps[b]);
         }
     }
     return last - first;

@@ -201,7 +201,7 @@ TERSE_API int64_t terse_masked_product(const float *values, const uint16_t *mask
  * group, `sums` [count][planes][groups]; and the value of the last digit's one, NaN where an input is not finite. */
 #define TERSE_STRIDE(groups, width, planes) ((groups) * (width) * (planes) + 64) /* inputs of 4096 columns share no cache line's set */
 TERSE_API int64_t terse_levels_digits(const float *x, const float *factor, int64_t count, int64_t n, int64_t group,
-                                      int64_t width, int64_t planes, int8_t *digits, int32_t *sums, float *steps);
+                                      int64_t width, int64_t planes, int8_t *digits, int32_t *sums, double *steps);
 
 /* y [count][rows]: scale * (level + offset) times these inputs, exact in integers within a group of at most 16,384 columns.
  * Levels have 8, 4 or 2 bits: [blocks][groups][width / 16][bits / 2][ROWS][4], in each byte the lowest bits belong to the
@@ -209,7 +209,7 @@ TERSE_API int64_t terse_levels_digits(const float *x, const float *factor, int64
  * over 255 or under -255. */
 TERSE_API int64_t terse_levels_product(const uint8_t *weights, int64_t bits, int64_t rows, int64_t groups, int64_t width,
                                        const float *scale, const int32_t *offset, int64_t shift, const int8_t *digits,
-                                       const int32_t *sums, const float *steps, int64_t count, int64_t planes,
+                                       const int32_t *sums, const double *steps, int64_t count, int64_t planes,
                                        int64_t first, int64_t last, float *y, int64_t simd);
 
 /* shared.c: y [count][rows] = book[codes] x of `size` codewords, whose numbers have 4 or 8 bits: [blocks][words][ROWS], of a row

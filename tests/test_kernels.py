@@ -215,7 +215,9 @@ def test_a_sparse_convolution_is_that_of_the_dense_weight(height, width, count, 
     import torch
 
     rng = np.random.default_rng(0)
-    weight = np.where(rng.random((7, 5, height.kernel, width.kernel)) < 0.3, floats(7, 5, height.kernel, width.kernel), 0)
+    weight = np.where(
+        rng.random((7, 5, height.kernel, width.kernel)) < 0.3, floats(7, 5, height.kernel, width.kernel), 0
+    )
     images = floats(count, 5, 23, 19)
     pads = width.before, width.after, height.before, height.after
     padded = torch.nn.functional.pad(torch.from_numpy(images), pads)
@@ -250,7 +252,9 @@ def test_every_node_is_executed_or_said_to_be_dense(forced, path):
         assert choice.why.startswith("dense: ") == (choice.form is None)
         if choice.form is not None:
             weight = np.asarray(unpack(tree)).reshape(tree.shape[0], -1)
-            assert np.allclose(choice.form.product(inputs(2, weight.shape[1])), inputs(2, weight.shape[1]) @ weight.T, 1e-4, 1e-5)
+            assert np.allclose(
+                choice.form.product(inputs(2, weight.shape[1])), inputs(2, weight.shape[1]) @ weight.T, 1e-4, 1e-5
+            )
 
 
 def test_without_a_core_all_stays_dense(forced, monkeypatch):

@@ -21,45 +21,32 @@ def packed_layers(
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers of a module that run on packed weights, by name, and a sentence for each layer that has a weight."""
     layers, why = dict[str, nn.Module](), dict[str, str]()
-    read = {
-        id(layer) for parent in module.modules() if isinstance(parent, READ_BY_PARENTS) for layer in parent.children()
-    }
+    parents = [parent for parent in module.modules() if isinstance(parent, READ_BY_PARENTS)]
+    read = {id(layer) for parent in parents for layer in parent.children()}
     for name, layer in module.named_modules():
         make = MADE.get(type(layer))
         if make is None:
             continue
-        own = {
-            part: tensors.get(f"{name}.{part}" if name else part) for part, _ in layer.named_parameters(recurse=False)
-        }
-        weights = {part: tensor for part, tensor in own.items() if part.startswith("weight")}
-        reason = _left(layer, own, id(layer) in read)
-        if reason:
+        parts = [part for part, _ in layer.named_parameters(recurse=False)]
+        own = {part: tensors[f"{name}.{part}" if name else part] for part in parts}
+        if reason := _left(layer, own, id(layer) in read):
             why[name] = f"dense: {reason}"
             continue
-        for part, tensor in weights.items():
-            if tensor is not None and tensor.shape != tuple(getattr(layer, part).shape):
-                raise ValueError(
-                    f"{name}.{part}: the file has {tensor.shape}, the module {tuple(getattr(layer, part).shape)}"
-                )
-        made, why[name] = make(
-            layer, {part: t.tree for part, t in weights.items() if t is not None}, batch, activations
-        )
+        trees = {part: tensor.tree for part, tensor in own.items() if part.startswith("weight")}
+        made, why[name] = make(layer, trees, batch, activations)
         if made is not None:
             layers[name] = made.train(layer.training)
     return layers, why
 
 
-def _left(layer: nn.Module, own: Mapping[str, Tensor | None], read: bool) -> str:
+def _left(layer: nn.Module, own: Mapping[str, Tensor], read: bool) -> str:
     """Why a layer is left as it is, or nothing."""
-    if any(tensor is None for tensor in own.values()):
-        return "the file does not have all of its tensors"
     if read:
         return "its parent reads its weight"
     if layer._forward_hooks or layer._forward_pre_hooks or "parametrizations" in dict(layer.named_children()):
         return "it has hooks or parametrizations"
-    if any(t is not None and t.dtype != "float32" for t in own.values()):
-        return "it is not float32"
-    if any(parameter.dtype != torch.float32 for parameter in layer.parameters()):
+    kinds = {*(t.dtype for t in own.values()), *(str(p.dtype).removeprefix("torch.") for p in layer.parameters())}
+    if kinds != {"float32"}:
         return "it is not float32"
     return ""
 
@@ -130,10 +117,13 @@ def attached(
     module: nn.Module, tensors: Mapping[str, Tensor], batch: int = 1, activations: int = 24
 ) -> tuple[nn.Module, dict[str, str]]:
     """`Artifact.attach`, and a sentence for each layer that has a weight."""
-    own = [name for name in module.state_dict() if name.rpartition(".")[2] != "_extra_state"]
-    if wrong := sorted(set(own) ^ set(tensors)):
+    state = {n: v for n, v in module.state_dict().items() if n.rpartition(".")[2] != "_extra_state"}
+    if wrong := sorted(set(state) ^ set(tensors)):
         where = "the file" if wrong[0] in tensors else "the module"
         raise RuntimeError(f"{wrong[0]}: only {where} has it; attach the file to a module of the same architecture")
+    for name, value in state.items():
+        if tensors[name].shape != tuple(value.shape):
+            raise RuntimeError(f"{name}: the file has {list(tensors[name].shape)}, the module {list(value.shape)}")
     layers, why = packed_layers(module, tensors, batch, activations)
     taken = {
         f"{name}.{part}".lstrip(".")
@@ -142,8 +132,8 @@ def attached(
         if part.startswith("weight")
     }
     with torch.no_grad():
-        for name, value in module.state_dict().items():
-            if name in tensors and name not in taken:
+        for name, value in state.items():
+            if name not in taken:
                 value.copy_(Artifact({name: tensors[name]}).state_dict()[name])
     hold(module, folded_norms(tensors))
     return replaced(module, layers), why

@@ -157,7 +157,7 @@ class Levels(Form):
         width = -(-self.group // COLUMNS) * COLUMNS
         digits: Array = np.empty((count, groups * width * self.planes + 64), np.int8)
         sums: Array = np.empty((count, self.planes, groups), np.int32)
-        steps: Array = np.empty(count, np.float32)
+        steps: Array = np.empty(count, np.float64)
         y: Array = np.empty((count, self.rows), np.float32)
         factor, offset = (part if part.size else None for part in (self.factor, self.offset))
         native.call(
@@ -269,4 +269,5 @@ class Dense(Form):
     weight: Array  # float32 [rows, columns]
 
     def product(self, x: Array, threads: int = 1) -> Array:
-        return x @ self.weight.T
+        with np.errstate(invalid="ignore"):  # inputs that are not finite, of which torch says nothing either
+            return x @ self.weight.T

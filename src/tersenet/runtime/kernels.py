@@ -245,7 +245,8 @@ def scales(tree: Uniform) -> tuple[Array, Array | int, Array | None] | None:
 
 
 def _full(part: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (1,) * (len(shape) - part.ndim) + tuple(part.shape)
+    full: tuple[int, ...] = (1,) * (len(shape) - part.ndim) + tuple(part.shape)
+    return full
 
 
 def _even(part: Array, shape: tuple[int, ...]) -> bool:
