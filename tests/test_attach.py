@@ -25,6 +25,8 @@ def forced(monkeypatch):
     """A form for every tree that has one, however small the layer is."""
     monkeypatch.setattr(kernels, "CALL", dict.fromkeys(kernels.CALL, 0.0))
     monkeypatch.setattr(kernels, "MANY", 1e6)
+    monkeypatch.setattr(kernels, "IMAGE", 1.0)
+    monkeypatch.setattr(kernels, "ROW", 0)
 
 
 def sparse(value):
@@ -241,3 +243,24 @@ def test_forked_processes_have_threads_of_their_own():
         "if child: sys.exit(os.waitpid(child, 0)[1])\n"
     )
     assert fresh_process(script).split() == ["True", "True"]
+
+
+def test_bench_prints_what_each_network_takes_and_a_sentence_for_each_layer(tmp_path, case, capsys):
+    from tersenet.cli import main
+
+    (tmp_path / "task.py").write_text(
+        "import torch, tersenet as tn\n"
+        "from torch import nn\n"
+        "def task():\n"
+        "    torch.manual_seed(0)\n"
+        "    data = torch.randn(80, 30), torch.randint(0, 9, (80,))\n"
+        "    return tn.Task(nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 9)), train=data, test=data)\n"
+    )
+    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 9))
+    stored(model, levels).save(tmp_path / "net.terse")
+    main(["bench", str(tmp_path / "net.terse"), "--task", str(tmp_path / "task.py")])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[1:9]]
+    assert [row[0] for row in rows] == 4 * ["1"] + 4 * ["32"]
+    assert all(float(row[-1]) < (1e-4 if "packed" in row and "inputs" not in row else 0.1) for row in rows)
+    assert sum(line.startswith(("0: 4-bit levels", "2: 4-bit levels")) for line in lines) == 4

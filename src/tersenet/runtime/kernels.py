@@ -36,7 +36,7 @@ CALL = {Dense: 6e3, SparseRows: 12e3, MaskedRows: 15e3, Levels: 25e3, Codes: 15e
 MEMORY = 0.04  # a byte that comes from memory
 CACHED = 0.012  # from a cache
 MANY = 0.033  # a dense weight times one more of many inputs
-POSITION = 0.04  # a number of a sparse convolution times one place of its output
+IMAGE, ROW = 0.25, 12  # of a sparse convolution: the most that is not zero, and the least numbers of a channel
 LEVEL = {8: 0.014, 4: 0.013, 2: 0.009}  # a level taken apart
 DIGIT = 0.006  # a level times a digit
 SPLIT = 1.5  # an input taken apart into digits
@@ -340,7 +340,11 @@ def convolution(tree: Tree) -> Choice:
     weight = tree.mask if isinstance(tree, Sparse) else _array(tree)
     weight = np.asarray(weight).reshape(len(weight), -1)
     part = np.count_nonzero(weight) / max(1, weight.size)
-    if native.library() is None or weight.shape[1] > 1 << 16 or part * POSITION > MANY:
+    if native.library() is None or not 0 < weight.shape[1] <= 1 << 16:
+        return Choice(None, "dense: nothing multiplies packed weights here")
+    if part > IMAGE:
         return Choice(None, f"dense: {part:.1%} of its weights are not zero, too many for a sparse convolution")
+    if part * weight.shape[1] < ROW:
+        return Choice(None, "dense: its output channels have too few weights each for a sparse convolution")
     form = sparse_rows(weight, _array(tree.values)) if isinstance(tree, Sparse) else _sparse_rows_of(weight)
     return Choice(form, f"{described(form)}, each times the whole image")
