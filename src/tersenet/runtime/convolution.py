@@ -51,6 +51,7 @@ def convolved(form: SparseRows, images: Array, sides: tuple[Side, Side], threads
     place = (np.arange(channels)[:, None, None] * block + taps).reshape(-1).astype(np.int32)
     last = int(y_at[-1] // down.stride * places + x_at[-1] // across.stride)
     sums: Array = np.empty((rows, plane), np.float32)
-    form.windows(room, place, plane - last, threads, sums)
+    if count:
+        form.windows(room, place, plane - last, threads, sums)
     found = sums.reshape(rows, count, lines, places)[:, :, :tall, :wide]
     return np.ascontiguousarray(found.transpose(1, 0, 2, 3))

@@ -40,6 +40,13 @@ def shared(work: Callable[[int, int], object], n: int, threads: int) -> None:
         done.result()
 
 
+def called(name: str, *arguments: Any) -> None:
+    """Call the C core; what it refuses would leave a product without values."""
+    done = native.call(name, *arguments)
+    if done is None or done < 0:
+        raise RuntimeError(f"terse_{name} refused a product ({done}): the form is damaged, or the C core is gone")
+
+
 def padded(x: Array, least: int) -> Array:
     """Inputs with zeros behind them; several lie so that their cache lines are not those of one set."""
     stride = least if len(x) == 1 else (least // 1024 * 1024 + 16 if least % 1024 < 16 else least)
@@ -110,7 +117,7 @@ class SparseRows(Form):
         floats = len(self.book) == 0
         own = (self.values, None, None) if floats else (None, self.values, self.book)
         head = (*own, self.columns, self.starts)
-        shared(lambda first, last: native.call(name, *head, first, last, *rest), rows, self.threads(threads))
+        shared(lambda first, last: called(name, *head, first, last, *rest), rows, self.threads(threads))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +135,7 @@ class MaskedRows(Form):
         y: Array = np.empty((len(x), rows), np.float32)
         head = (self.values, self.mask, rows, words, self.starts, x, x.shape[1], len(x))
         shared(
-            lambda first, last: native.call("masked_product", *head, first, last, y, native.simd()),
+            lambda first, last: called("masked_product", *head, first, last, y, native.simd()),
             rows, self.threads(threads),
         )  # fmt: skip
         return y
@@ -160,13 +167,13 @@ class Levels(Form):
         steps: Array = np.empty(count, np.float64)
         y: Array = np.empty((count, self.rows), np.float32)
         factor, offset = (part if part.size else None for part in (self.factor, self.offset))
-        native.call(
+        called(
             "levels_digits", x, factor, count, self.columns, self.group, width, self.planes, digits, sums, steps
         )
         head = (self.weights, self.bits, self.rows, groups, width, self.scale, offset, self.shift, digits, sums, steps)
         rest = (y, native.simd())
         shared(
-            lambda first, last: native.call("levels_product", *head, count, self.planes, first, last, *rest),
+            lambda first, last: called("levels_product", *head, count, self.planes, first, last, *rest),
             blocks, self.threads(threads),
         )  # fmt: skip
         return y
@@ -189,7 +196,7 @@ class Codes(Form):
         y: Array = np.empty((len(x), self.rows), np.float32)
         head = (self.codes, self.bits, self.rows, words, self.book, self.size, x, x.shape[1], len(x))
         shared(
-            lambda first, last: native.call("codes_product", *head, first, last, y, native.simd()),
+            lambda first, last: called("codes_product", *head, first, last, y, native.simd()),
             blocks, self.threads(threads),
         )  # fmt: skip
         return y
@@ -210,7 +217,7 @@ class Vectors(Form):
         def work(first: int, last: int) -> None:
             room: Array = np.empty(ROOM, np.float32)
             for one, out in zip(x, y):
-                native.call(
+                called(
                     "blocks_product", self.index, rows, self.blocks, self.book, size, d, one, first, last, out, room
                 )  # fmt: skip
 

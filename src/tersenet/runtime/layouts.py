@@ -42,7 +42,7 @@ def masked_rows(mask: Array, values: Array) -> Form:
     if width > 1 << 16:
         return sparse_rows(mask, values)
     padded = np.pad(mask, ((0, 0), (0, -width % 16)))
-    words = np.packbits(padded, axis=1, bitorder="little").view("<u2").reshape(rows, -1)
+    words = np.packbits(padded, axis=1, bitorder="little").view("<u2").reshape(rows, padded.shape[1] // 16)
     kept = np.concatenate([values.astype(np.float32, copy=False), np.zeros(16, np.float32)])
     return MaskedRows(kept, np.ascontiguousarray(words, np.uint16), _starts(mask), width)
 
@@ -58,11 +58,13 @@ def levels(
 
     Levels are stored from `low`, without it the least, on in as few bits as they take, at most eight.
     """
-    (rows, columns), groups = q.shape, scale.shape[1]
+    rows, columns = q.shape
+    groups = scale.shape[1] if columns else 0
+    scale, offset = scale[:, :groups], offset if isinstance(offset, int) else offset[:, :groups]
     low = int(q.min(initial=0)) if low is None else low
     most = int(q.max(initial=low)) - low
     bits = 2 if most < 4 else 4 if most < 16 else 8
-    group = -(-columns // groups) if groups else 1
+    group = columns // groups if groups else 1
     if group > GROUP:  # cut, with the same scale for all parts
         parts = -(-columns // GROUP)
         scale, group = np.repeat(scale, parts, 1), GROUP
@@ -106,6 +108,6 @@ def vectors(index: Array, book: Array) -> Vectors:
     """Codewords [k, d] by number [rows, blocks]."""
     rows, blocks = index.shape
     each = ROOM // 256
-    whole = np.pad(index.astype(np.uint8), ((0, 0), (0, -blocks % each))).reshape(rows, -1, each)
+    whole = np.pad(index.astype(np.uint8), ((0, 0), (0, -blocks % each))).reshape(rows, -(-blocks // each), each)
     by_block = np.ascontiguousarray(whole.transpose(1, 0, 2))
     return Vectors(by_block, np.ascontiguousarray(book.T, np.float32), blocks)
