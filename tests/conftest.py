@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tersenet import native
 from tersenet.artifact import Artifact, Coding, Section, Tensor
@@ -28,6 +29,9 @@ from tersenet.packed import (
 )
 
 collect_ignore = ["workers.py"]  # a program
+# A machine that others use is slow for seconds at a time, which says nothing about an example.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

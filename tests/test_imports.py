@@ -19,7 +19,8 @@ MAY = {
     "container": "packed codecs cores deferred", "header": "container packed codecs",
     "decoding": "container header packed codecs deferred", "writing": "container packed codecs",
     "norms": "container",
-    "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense notebook",
+    "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense notebook"
+                " runtime",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal dense", "journal": "replacing", "replacing": "",
@@ -37,7 +38,8 @@ MAY = {
     "recipe_file": "papers stages methods allocators run where",
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
-    "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact container journal packed structure",
+    "runtime": "packed artifact native cores container norms task", "threelc": "codecs",
+    "report": "artifact container journal packed structure",
     "notebook": "artifact", "cli_files": "codecs task_file",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
     "flower": "codecs", "updates": "artifact container decoding header packed codecs sources",
@@ -50,7 +52,7 @@ MAY = {
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",
          "tracing", "stages", "promise", "strength", "threelc", "information", "norms", "data", "likelihood",
          "where", "activations", "statistics", "key", "checkpoint", "task_file", "plan", "teacher",
-         "sequence"}  # fmt: skip
+         "sequence", "runtime"}  # fmt: skip
 
 
 def imports(file: Path):

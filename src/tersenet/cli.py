@@ -1,4 +1,4 @@
-"""The command `terse`: compress, inspect, verify, report, compare, unpack, export, diff, patch, recipes, doctor.
+"""The command `terse`: compress, inspect, verify, report, compare, unpack, export, bench, diff, patch, recipes, doctor.
 
 Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one line says what, where, and what to do).
 """
@@ -316,6 +316,20 @@ def patch_command(
     else:
         _write_dense(artifact, output)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
+
+
+@app.command()
+def bench(
+    file: FILE,
+    task: Annotated[Path, typer.Option("--task", help="Your Python file with a function task() -> tersenet.Task")],
+    threads: Annotated[int, typer.Option(help="Threads of each product", min=1)] = 1,
+) -> None:
+    """Time the network on packed weights, dense and with torch's own 8 bits, and say why each layer is as it is."""
+    from tersenet.runtime.measure import report
+
+    with running(task) as job, about(file):
+        for line in report(load(file), job, threads):
+            typer.echo(printable(line))
 
 
 @app.command()
