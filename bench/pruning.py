@@ -26,6 +26,7 @@ import tersenet as tn
 from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.artifact import load
 from tersenet.draft import Draft, artifact_of
+from tersenet.journal import cache_folder
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import unpack
 from tersenet.papers import mlprune

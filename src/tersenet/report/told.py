@@ -44,8 +44,9 @@ class Candidate:
 class Told:
     """A run as its journal tells it; what it does not tell is None or empty. `words` are what a reader should know.
 
-    `offers` has, by weight, the bytes and the cost at the outputs of what it could have become, by size and without what
-    another beats or what loses nothing; `scores` what a search of channels scored, in its order. `before`, `after` and `seconds` are those of the whole run.
+    `offers` has, by weight, the bytes and the cost at the outputs of what it could have become, by size, without what
+    another beats and what loses nothing; `scores` what a search of channels scored, in its order. `before`, `after` and
+    `seconds` are those of the whole run.
     """
 
     recipe: tuple[str, ...] = ()
