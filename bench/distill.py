@@ -9,8 +9,9 @@ by what makes the fewest errors on CHECKED training images of all digits.
 cifar10: the given ResNet-56 teaches on the first IMAGES training images, scored on the first SCORED test images.
 "features" match the outputs of the three groups of layers as well, of equal shapes in both.
 sequences: the language pair of transduction.py. Students see the same sources for as many epochs; "interpolated" trains
-the sequence-level student for half as many more, "pruned" in two rounds of half as many with the rate rewound. BLEU (sacrebleu) is against the one reference drawn for a sentence,
-"bleu_any" against all right translations; "right" is the share that is one of these word for word.
+the sequence-level student for half as many more, "pruned" in two rounds of half as many with the rate rewound. BLEU
+(sacrebleu) is against the one reference drawn for a sentence, "bleu_any" against all right translations; "right" is the
+share that is one of these word for word.
 """
 
 import functools

@@ -48,11 +48,10 @@ class Facts:
     parts: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(source: Path, outputs: Mapping[str, float] | None = None) -> "Facts":
+    def of(source: Path) -> "Facts":
         """The facts of a file, or of a run's folder. A file's run is found by the result that lies in its folder.
 
-        `outputs` are errors at the outputs by weight (`promise.output_errors`). Raises ValueError where there is no run
-        in a folder, `FormatError` for a damaged file.
+        Raises ValueError where there is no run in a folder, `FormatError` for a damaged file.
         """
         if source.is_dir():
             told, file = Told.of_folder(source), source / RESULT
@@ -60,11 +59,11 @@ class Facts:
         else:
             artifact, run = load(source), run_of(source, cache_folder())
             told = Told() if run is None else Told.of_folder(run)
-        return Facts.made(source.name, artifact, told, outputs)
+        return Facts.made(source.name, artifact, told)
 
     @staticmethod
     def made(title: str, artifact: Artifact | None, told: Told, outputs: Mapping[str, float] | None = None) -> "Facts":
-        """The facts of a file and a run that are in memory."""
+        """The facts of a file and a run; `outputs` are errors at the outputs by weight (`promise.output_errors`)."""
         if artifact is None:
             return Facts(printable(title), None, told=told)
         rows = artifact.ledger()

@@ -36,7 +36,7 @@ def report(facts: Facts) -> str:
     """
     sections, missing = list[Section](), list[str]()
     for title, make in PARTS.items():
-        made = make(facts)
+        made = make(facts) if facts.artifact is not None or make in OF_RUN else NO_FILE
         if isinstance(made, str):
             missing.append(f"{title}: {made}")
         else:
@@ -122,8 +122,6 @@ NO_RUN = "the run that made this file is not known; give its folder instead of t
 
 
 def _bytes(facts: Facts) -> Made:
-    if facts.artifact is None:
-        return NO_FILE
     return "", [figures.bytes_by_layer(facts)]
 
 
@@ -200,3 +198,4 @@ PARTS: dict[str, Callable[[Facts], Made]] = {
     "What each layer could have been": _offers,
     "Training": _trainings,
 }
+OF_RUN = (_candidates, _rounds, _offers, _trainings)
