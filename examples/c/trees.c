@@ -86,7 +86,8 @@ static int32_t bind_uniform(device_file *f, device_item *v) {
 
 static int32_t bind_codebook(device_file *f, device_item *v) {
     const device_item *index = device_field(v, 0), *words = device_field(v, 1);
-    if (!is_integers(index) || !is_tree(words) || index->rank < 1 || words->rank != 2) return damaged(f);
+    if (!is_integers(index) || !is_tree(words) || index->rank < 1 || words->rank < 2) return damaged(f);
+    if (words->rank > 2) return device_fail(f, DEVICE_UNSUPPORTED); /* groups of channels with codewords of their own */
     for (uint32_t k = 0; k < index->size; k++)
         if (device_at(index, k) < 0 || (uint32_t)device_at(index, k) >= words->extent[0]) return damaged(f);
     const uint64_t size = (uint64_t)index->size * words->extent[1];

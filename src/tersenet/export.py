@@ -14,7 +14,19 @@ from tersenet.artifact import Artifact, load, printable
 from tersenet.codecs.context import walk_of
 from tersenet.container import CODED, INTEGERS, POOLED, Tensor
 from tersenet.header import Header, Memory, Promise
-from tersenet.packed import Array, Packed, Sliced, Sparse, Transformed, Tree, Uniform, arrays, children, parts_of
+from tersenet.packed import (
+    Array,
+    Codebook,
+    Packed,
+    Sliced,
+    Sparse,
+    Transformed,
+    Tree,
+    Uniform,
+    arrays,
+    children,
+    parts_of,
+)
 
 LACKS_CODECS = {"bzip2", "zstd"}
 HAS_NODES = {"Uniform", "Codebook", "Sparse", "Sliced", "Transformed", "Reshaped"}
@@ -115,6 +127,8 @@ def _is_read(name: str, tensor: Tensor, codings: dict[str, list[Coding]]) -> boo
             raise ValueError(
                 f"{_comment(name)}: the small decoder has no {kind} node; pack it by another method or keep it dense"
             )
+        if isinstance(node, Codebook) and len(node.codewords.shape) > 2:
+            raise ValueError(f"{_comment(name)}: the small decoder has no codebooks by group; pack it without a group")
     if (isinstance(tree, Packed) and tensor.dtype != "float32") or any(a.dtype == np.float64 for _, a in arrays(tree)):
         raise ValueError(
             f"{_comment(name)}: the small decoder has no packed {tensor.dtype}; convert it to float32 first"

@@ -75,7 +75,7 @@ def _embedding(layer: Any, trees: Mapping[str, Tree], batch: int, activations: i
         return None, "dense: it scales its rows to max_norm"
     if isinstance(tree, Uniform) and kernels.scales(tree) is not None:
         return PackedEmbedding(layer, tree, "levels"), "levels, of which rows are looked up"
-    if isinstance(tree, Codebook):
+    if isinstance(tree, Codebook) and len(tree.codewords.shape) == 2:
         return PackedEmbedding(layer, tree, "codewords"), "numbers of codewords, of which rows are looked up"
     return None, "dense: its rows cannot be looked up by themselves"
 

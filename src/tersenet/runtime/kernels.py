@@ -143,7 +143,7 @@ def _sparse(tree: Sparse, planes: int) -> Form | None:
     mask = np.asarray(tree.mask)
     mask = mask.reshape(len(mask), -1)
     part = np.count_nonzero(mask) / mask.size
-    if isinstance(tree.values, Codebook) and tree.values.codewords.shape[1] == 1 and part < SPARSE:
+    if isinstance(tree.values, Codebook) and tree.values.codewords.shape[1:] == (1,) and part < SPARSE:
         book = np.asarray(unpack(tree.values.codewords), np.float32).reshape(-1)
         if len(book) <= 256:
             return sparse_rows(mask, np.asarray(tree.values.index).reshape(-1), book)
@@ -269,6 +269,8 @@ def _by_row(part: Array, shape: tuple[int, ...]) -> Array | None:
 
 def _codebook(tree: Codebook, planes: int) -> Form | None:
     book = np.asarray(unpack(tree.codewords), np.float32)
+    if book.ndim > 2:
+        return None  # groups of rows have codewords of their own
     size, d = book.shape
     index = np.asarray(tree.index).reshape(len(tree.index), -1)
     if d > 1:
