@@ -239,6 +239,11 @@ def test_export_refuses_what_the_device_lacks_and_says_what_helps(tmp_path, caps
             Coding(),
             "w: the small decoder has no packed float64",
         ),
+        (
+            {"w": Tensor(trees()["Codebook-group"])},
+            Coding(),
+            "w: the small decoder has no codebooks by group; pack it without a group",
+        ),
     ]
     for tensors, coding, said in refused:
         Artifact(tensors, coding).save(path)
