@@ -167,9 +167,7 @@ class Levels(Form):
         steps: Array = np.empty(count, np.float64)
         y: Array = np.empty((count, self.rows), np.float32)
         factor, offset = (part if part.size else None for part in (self.factor, self.offset))
-        called(
-            "levels_digits", x, factor, count, self.columns, self.group, width, self.planes, digits, sums, steps
-        )
+        called("levels_digits", x, factor, count, self.columns, self.group, width, self.planes, digits, sums, steps)
         head = (self.weights, self.bits, self.rows, groups, width, self.scale, offset, self.shift, digits, sums, steps)
         rest = (y, native.simd())
         shared(
