@@ -20,7 +20,7 @@ from table import ROOT, write
 
 from tersenet import native
 from tersenet.runtime.convolution import Side, convolved
-from tersenet.runtime.forms import Form, SparseRows, Sum
+from tersenet.runtime.forms import GROUP, Form, SparseRows, Sum
 from tersenet.runtime.layouts import codes, levels, masked_rows, sparse_rows, vectors
 
 CASES = 6000
@@ -61,7 +61,7 @@ def made(rng: np.random.Generator, rows: int, columns: int) -> tuple[Form, Any]:
         d = int(rng.integers(1, 4)) if columns < 1000 else 1
         return vectors(number, book[:size, :d]), book[number, :d].reshape(rows, columns * d)
     most = (4, 16, 256)[rng.integers(0, 3)]
-    groups = next(g for g in (int(rng.integers(1, 9)), 1) if columns % g == 0)
+    groups = next(g for g in (int(rng.integers(1, 9)), 1) if (columns % g == 0 and columns // g <= GROUP) or g == 1)
     q = rng.integers(0, most, dense.shape) - int(rng.integers(0, most))
     scale, zero = rng.random((rows, groups)).astype(np.float32), rng.integers(-20, 20, (rows, groups))
     factor = rng.random(columns).astype(np.float32) if rng.random() < 0.5 else None

@@ -64,20 +64,20 @@ int64_t terse_levels_digits(const float *x, const float *factor, int64_t count, 
         double step = finite ? size / most[planes - 1] : 0, inverse = step > 0 ? 1 / step : 0;
         steps[b] = step;
         if (!finite) memcpy(steps + b, &nan, sizeof nan);
-        memset(digits, 0, (size_t)(planes * groups * width));
+        int8_t *at = digits;
         for (int64_t g = 0; g < groups; g++) {
-            int64_t from = g * group, to = from + group < n ? from + group : n;
+            int64_t end = (g + 1) * group < n ? (g + 1) * group : n;
             int32_t sum[MOST] = {0};
-            int8_t *at = digits + planes * g * width;
-            for (int64_t i = from; i < to; i++) {
-                int64_t c = i - from, place = c / COLUMNS * COLUMNS * planes + c % COLUMNS;
-                int32_t left = rounded((double)(factor ? x[i] * factor[i] : x[i]) * inverse);
-                for (int64_t p = 0; p < planes; p++) {
-                    int8_t digit = (int8_t)(uint8_t)left;
-                    at[place + p * COLUMNS] = digit;
-                    sum[p] += digit;
-                    left = (left - digit) / 256;
-                }
+            for (int64_t i = g * group; i < g * group + width; i += COLUMNS) {
+                int32_t left[COLUMNS] = {0};
+                for (int32_t j = 0; j < COLUMNS && i + j < end; j++)
+                    left[j] = rounded((double)(factor ? x[i + j] * factor[i + j] : x[i + j]) * inverse);
+                for (int64_t p = 0; p < planes; p++, at += COLUMNS)
+                    for (int32_t j = 0; j < COLUMNS; j++) {
+                        at[j] = (int8_t)(uint8_t)left[j];
+                        sum[p] += at[j];
+                        left[j] = (left[j] - at[j]) / 256;
+                    }
             }
             for (int64_t p = 0; p < planes; p++) sums[p * groups + g] = sum[p];
         }

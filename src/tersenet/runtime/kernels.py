@@ -24,7 +24,20 @@ from tersenet.packed import (
     places,
     unpack,
 )
-from tersenet.runtime.forms import FEW, Chain, Codes, Dense, Form, Levels, MaskedRows, Part, SparseRows, Sum, Vectors
+from tersenet.runtime.forms import (
+    FEW,
+    GROUP,
+    Chain,
+    Codes,
+    Dense,
+    Form,
+    Levels,
+    MaskedRows,
+    Part,
+    SparseRows,
+    Sum,
+    Vectors,
+)
 from tersenet.runtime.layouts import codes, levels, masked_rows, sparse_rows, vectors
 
 SPARSE = 0.3  # part of weights that are not zero, under which sparse rows are faster than a bit for each weight
@@ -236,7 +249,7 @@ def scales(tree: Uniform) -> tuple[Array, Array | int, Array | None] | None:
         offset = one if (zero == one).all() else np.repeat(zero, groups // zero.shape[1], 1).astype(np.int64)
         if not isinstance(offset, int):
             offset = np.broadcast_to(offset, (rows, groups))
-    if columns % max(groups, 1) or groups > max(1, columns // 16):
+    if columns % max(groups, 1) or groups > max(1, columns // 16) or (groups > 1 and columns // groups > GROUP):
         return None
     scale: Array = np.ones((rows, groups), np.float32)
     for part in by_row:

@@ -65,6 +65,8 @@ def levels(
     most = int(q.max(initial=low)) - low
     bits = 2 if most < 4 else 4 if most < 16 else 8
     group = columns // groups if groups else 1
+    if group > GROUP and groups > 1:
+        raise ValueError(f"groups of levels have at most {GROUP:,} columns, not {group:,}, unless a row is one group")
     if group > GROUP:  # cut, with the same scale for all parts
         parts = -(-columns // GROUP)
         scale, group = np.repeat(scale, parts, 1), GROUP
