@@ -8,8 +8,8 @@ mnist: two hidden layers of 1,200 with dropout and images shifted by up to two p
 by what makes the fewest errors on CHECKED training images of all digits.
 cifar10: the given ResNet-56 teaches on the first IMAGES training images, scored on the first SCORED test images.
 "features" match the outputs of the three groups of layers as well, of equal shapes in both.
-sequences: the language pair of transduction.py. Students see the same sources for as many epochs; "interpolated" trains
-the sequence-level student for half as many more, "pruned" in two rounds of half as many with the rate rewound. BLEU
+sequences: the language pair of transduction.py. Students see the same sources for as many epochs; then "interpolated"
+trains the sequence-level student for half as many more, "pruned" in two rounds of half as many at the whole rate. BLEU
 (sacrebleu) is against the one reference drawn for a sentence, "bleu_any" against all right translations; "right" is the
 share that is one of these word for word.
 """
