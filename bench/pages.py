@@ -1,8 +1,8 @@
 """Writes the tables of the pages in docs/ from bench/results, each between its marker and the next `<!-- end -->`.
 
 `<!-- table: RESULTS -->` is a whole table, `<!-- table: RESULTS, PATTERN, ... -->` has the rows of
-bench/results/RESULTS.json whose part, method or network fits one of the patterns. Where there are no results, or no such rows,
-the page says so.
+bench/results/RESULTS.json whose part, method or network fits one of the patterns. Where there are no results, or no
+such rows, the page says so.
 
 Run: make bench NAME=pages
 """
@@ -79,7 +79,8 @@ def costs(rows: list[Row]) -> Iterator[str]:
         if r["method"] == "tersenet" and r["network"] in ("resnet20", "mobilenetv2"):
             whole = 4 * readme.WEIGHTS[r["network"]]
             reached = f"{percent(r['accuracy'])} ({percent(r['reference'])})"
-            yield f"| {r['network']}, {whole:,} | {r['bytes']:,} | {whole / r['bytes']:.1f} | {reached} | {r['seconds']} |"
+            times = f"{whole / r['bytes']:.1f}"
+            yield f"| {r['network']}, {whole:,} | {r['bytes']:,} | {times} | {reached} | {r['seconds']} |"
 
 
 WHOLE: dict[str, Callable[[], Iterator[str]]] = {
