@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 NATIVE := src/tersenet/_terse.so
 
-.PHONY: demo test check wheel bench clean
+.PHONY: demo test check wheel bench docs clean
 
 demo: .venv/demo $(NATIVE)
 	$(BIN)/python examples/digits.py
@@ -27,6 +27,11 @@ wheel: .venv/release
 bench: .venv/bench $(NATIVE)
 	$(BIN)/python bench/$(NAME).py
 
+# The documentation as a site in site/; the page of Python names is made from the docstrings.
+docs: .venv/docs $(NATIVE)
+	$(BIN)/python bench/api.py docs/api.md
+	$(BIN)/zensical build --clean --strict
+
 # torch goes first and by its exact version, so that nothing pulls another build.
 .venv/pip: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -42,4 +47,4 @@ $(NATIVE): native/*.c native/*.h CMakeLists.txt .venv/pip
 	@rm -f build.log && touch $@
 
 clean:
-	rm -rf .venv build dist $(NATIVE)
+	rm -rf .venv build dist site docs/api.md $(NATIVE)
