@@ -3,8 +3,8 @@
 Cho, Alizadeh-Vahid, Adya, Rastegari (2022), section 3: attention A = softmax(-D / tau) of weights over codewords, the
 codewords' new places c_j = sum_i a_ij w_i / sum_i a_ij, again until they rest, and the network runs on A C; gradients
 reach the weights through all of it. Each step begins with the codewords of the last. In the end every weight takes its
-nearest codeword. D are squared distances, and tau is a multiple of their mean in the beginning, so that one temperature
-serves layers of any size.
+nearest codeword. D are squared distances, and tau is in parts of those between neighbouring codewords at first, so that
+one temperature serves layers of any size, values and vectors.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ from tersenet.stages.pack import Pack, made_by, refused_by
 from tersenet.task import Task
 from tersenet.where import Where
 
-RESTS = 1e-3  # codewords that move less, in parts of what values err at first, rest
+RESTS = 3e-3  # codewords that move less, in parts of how far they lie apart at first, rest
 OWN = "it shares values itself: share plain weights"
 
 
@@ -85,12 +85,9 @@ class _Attending(Network):
         if values is None:
             return super()._tree(tree)
         assert isinstance(tree, Codebook)
-        codewords = np.asarray(tree.codewords, np.float32)
-        far = float(np.square(values - np.asarray(tree.unpack()), dtype=np.float64).mean()) or 1e-12
-        node = _Attended(
-            self._leaf("", values), self._held("", codewords), self.stage.temperature * far * codewords.shape[-1],
-            RESTS * far**0.5, self.stage.steps,
-        )  # fmt: skip
+        weight, codewords = self._leaf("", values), self._held("", np.asarray(tree.codewords, np.float32))
+        apart = _apart(tree)
+        node = _Attended(weight, codewords, self.stage.temperature * apart, RESTS * apart**0.5, self.stage.steps)
         self.codewords.append(node.codewords)
         return node
 
@@ -141,6 +138,15 @@ class _Attended(Packed):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
+
+
+def _apart(book: Codebook) -> float:
+    """The squared distance of codewords to the nearest others, a mean over vectors; 1 where there are no others."""
+    *_, k, d = book.codewords.shape
+    groups = np.asarray(book.codewords, np.float64).reshape(-1, k, d)
+    squares = (np.square(group - codeword).sum(1) for group in groups for codeword in group)
+    far = np.array([square[square > 0].min(initial=np.inf) for square in squares])[np.asarray(book.numbers())]
+    return float(far[np.isfinite(far)].mean()) if np.isfinite(far).any() else 1.0
 
 
 def _behind(tree: Tree, dense: Array) -> Iterator[tuple[Codebook, Array]]:
