@@ -1,13 +1,14 @@
 """Shared weights, vector codes and filters: every method at three sizes, with and without its training.
 
-Run: python bench/codes.py [PART [NETWORK [METHOD ...]]] with parts table, published, clusters, filter and coders;
-without arguments all of them. Rows that are not run again are kept. Whole-file bytes, accuracy of the reopened file on
-the test split. Training sees IMAGES of the training split (of MNIST shifted by up to two pixels), for few epochs: what
-a method reaches with the authors' schedules is not what stands here, but all have the same. Seconds of the table are
-of CPU time.
+Run: python bench/codes.py [PART [NETWORK [METHOD ...]]] with parts table, published, clusters, filter, coders and
+palettes; without arguments all of them. Rows that are not run again are kept. Whole-file bytes, accuracy of the
+reopened file on the test split. Training sees IMAGES of the training split (of MNIST shifted by up to two pixels), for
+few epochs: what a method reaches with the authors' schedules is not what stands here, but all have the same. Seconds of
+the table are of CPU time.
 
 table: lenet300, lenet5, resnet20. published: the authors' own files taken in without loss. clusters: k-means of vectors
 against scikit-learn's. filter: Bloomier filters by their layout. coders: what codes make of the same dithered integers.
+palettes: what k-means for groups of channels costs, by how its indices are stored.
 """
 
 import json
@@ -16,19 +17,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from deep_compression import shifted
 from table import ROOT, real_data, write
+from universal_coders import ctw, lzw
 
 import tersenet as tn
 from tersenet.artifact import Artifact, Tensor
 from tersenet.bloomier import built, queried
+from tersenet.codecs import CODECS
+from tersenet.draft import round_leaves
 from tersenet.methods.fixed_point import FixedPoint, Ternary
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.product import Product, shared
-from tersenet.packed import Codebook, Sparse
+from tersenet.packed import Codebook, Sparse, arrays, is_integer, narrowed
 from tersenet.run import Recipe
 from tersenet.stages.finetune import Distill
 from tersenet.stages.pack import Narrow, Pack
@@ -47,8 +52,14 @@ def product(bits: int, epochs: int, weighted: bool = True, feedback: bool = Fals
 
 
 # By method: three settings, and the recipe of a setting and of so many epochs (0: without training).
-METHODS: dict[str, tuple[tuple[float, ...], Callable[[float, int], Recipe]]] = {
+METHODS: dict[str, tuple[tuple[Any, ...], Callable[[Any, int], Recipe]]] = {
     "k-means": ((5, 4, 3), lambda b, e: (Pack(KMeans(int(b))), *([Distill(e, lr=0.005)] if e else []), Narrow())),
+    "k-means, groups of 8 channels": (
+        (4, 3, 2),
+        lambda b, e: (Pack(KMeans(int(b), group=8)), *([Distill(e, lr=0.005)] if e else []), Narrow()),
+    ),
+    "DKM": ((4, 3, 2), lambda b, e: tn.papers.dkm(int(b), epochs=e)),
+    "DKM, vectors": ((8, 6, 4), lambda b, e: tn.papers.dkm(int(b), vectors=True, epochs=e)),
     "product, plain": ((8, 6, 4), lambda b, e: product(int(b), e, weighted=False)),
     "product, metric of the inputs": ((8, 6, 4), lambda b, e: product(int(b), e)),
     "product, error feedback": ((8, 6, 4), lambda b, e: product(int(b), e, feedback=True)),
@@ -58,6 +69,12 @@ METHODS: dict[str, tuple[tuple[float, ...], Callable[[float, int], Recipe]]] = {
     "INQ": ((5, 4, 3), lambda b, e: tn.papers.inq(int(b), epochs=e)),
     "LSQ": ((4, 3, 2), lambda b, e: tn.papers.lsq(int(b), epochs=2 * e)),
     "fixed point": ((8, 5, 4), lambda b, e: (Pack(FixedPoint(int(b))), Narrow())),
+    "fixed point, activations of 8 bits": (
+        ("8/5", "8/4", "4/2"),  # of weights in convolutional and linear layers
+        lambda s, e: tn.papers.fixed_point(*map(int, s.split("/"))),
+    ),
+    "fixed point 8/5, activations": ((8, 6, 4), lambda w, e: tn.papers.fixed_point(width=int(w))),
+    "low precision": ((16, 8, 6), lambda b, e: tn.papers.low_precision(int(b), epochs=4 * e)),
     "ternary (TWN)": ((0, 1), lambda r, e: (Pack(Ternary(bool(r))), Narrow())),
     "transform coding": ((8, 6, 5), lambda b, e: tn.papers.transform_coding(int(b))),
     "universal, 1 dimension": ((0.2, 0.1, 0.05), lambda d, e: tn.papers.universal(d, 4, 1, rounds=3, epochs=e)),
@@ -67,8 +84,11 @@ METHODS: dict[str, tuple[tuple[float, ...], Callable[[float, int], Recipe]]] = {
     "pruning, k-means": ((0.1, 0.05, 0.03), lambda d, e: tn.papers.deep_compression(d, 3, rounds=3, epochs=e)),
     "HashedNets": ((0.125, 0.0625, 0.03125), lambda d, e: tn.papers.hashed_nets(d, epochs=4 * e)),
 }
-UNTRAINED = ("HashedNets",)  # means nothing without training
-NEVER = ("fixed point", "ternary (TWN)", "transform coding")  # trains nothing
+UNTRAINED = ("HashedNets", "DKM", "DKM, vectors", "low precision")  # mean nothing without training
+NEVER = (
+    "fixed point", "fixed point, activations of 8 bits", "fixed point 8/5, activations", "ternary (TWN)",
+    "transform coding",
+)  # train nothing  # fmt: skip
 EPOCHS = 2
 
 
@@ -182,10 +202,53 @@ def coders(*_: list[str]) -> Iterator[dict[str, object]]:
             coding = tn.Coding() if codec == "all" else tn.Coding(("bits", codec))
             size = tn.draft.artifact_of(made, coding).nbytes
             yield {"part": "coders", "network": "lenet5", "dithered": dithered, "method": codec, "bytes": size}
+        plain = tn.draft.artifact_of(made, tn.Coding(("bits",)))
+        integers = [
+            a for tensor in plain.tensors.values() for _, a in arrays(tensor.tree) if is_integer(a) and a.size > 1
+        ]
+        for name, coder in (("LZW", lzw), ("context-tree weighting", ctw)):
+            saved = sum(max(0, len(CODECS["bits"].encode(array)) - len(_coded(coder, array))) for array in integers)
+            yield {
+                "part": "coders", "network": "lenet5", "dithered": dithered, "method": name,
+                "bytes": plain.nbytes - saved, "peer": True,
+            }  # fmt: skip
+
+
+def _coded(coder: Callable[[list[int], int], bytes], array: np.ndarray) -> bytes:
+    low, high = int(array.min()), int(array.max())
+    return coder((array.astype(np.int64) - low).reshape(-1).tolist(), high - low + 1)
+
+
+def palettes(*_: list[str]) -> Iterator[dict[str, object]]:
+    """Files of ResNet-20's weights in values that layers share, or groups of 8 channels, and how much these err."""
+    _, models = real_data()
+    draft = tn.draft.Draft.of_model(models.load("resnet20"))
+    weights = {name: np.asarray(draft.tensors[name].tree) for name in draft.weights()}
+    power = sum(float(np.square(w, dtype=np.float64).sum()) for w in weights.values())
+    for bits in (4, 3):
+        whole = {n: KMeans(bits).pack(w) for n, w in weights.items()}
+        groups = {n: KMeans(bits, group=8).pack(w) for n, w in weights.items()}
+        forms = {"values of a layer": whole, "values of groups": groups}
+        forms["values of groups, numbered through"] = {
+            n: Codebook(narrowed(tree.numbers()), tree.codewords.reshape(-1, 1)) if tree.codewords.ndim > 2 else tree
+            for n, tree in groups.items()
+        }
+        forms["values of groups, arrays apart"] = {
+            f"{n}.{at}": KMeans(bits).pack(w[at : at + 8]) if len(w) % 8 == 0 else KMeans(bits, group=8).pack(w)
+            for n, w in weights.items() for at in (range(0, len(w), 8) if len(w) % 8 == 0 else (0,))
+        }  # fmt: skip
+        for method, trees in forms.items():
+            row = {"part": "palettes", "network": "resnet20", "method": method, "setting": bits}
+            row["bytes"] = Artifact({n: Tensor(round_leaves(tree)) for n, tree in trees.items()}).nbytes
+            if method in ("values of a layer", "values of groups"):
+                lost = sum(float(np.square(trees[n].unpack() - w, dtype=np.float64).sum()) for n, w in weights.items())
+                row["error"] = round(lost / power, 5)
+            yield row
 
 
 PARTS: dict[str, Callable[..., Iterator[dict[str, object]]]] = {
     "table": table, "published": published, "clusters": clusters, "filter": filters, "coders": coders,
+    "palettes": palettes,
 }  # fmt: skip
 KEYS = ("part", "network", "method", "setting", "epochs", "keys", "dithered")
 

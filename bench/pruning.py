@@ -26,11 +26,12 @@ import tersenet as tn
 from tersenet.allocators.amc import AMC, RandomSearch
 from tersenet.artifact import load
 from tersenet.draft import Draft, artifact_of
+from tersenet.journal import cache_folder
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import unpack
 from tersenet.papers import mlprune
 from tersenet.realise import realise
-from tersenet.run import cache_folder, run
+from tersenet.run import run
 from tersenet.stages.channels import Channels, SearchChannels
 from tersenet.stages.finetune import Finetune, TrainLevels
 from tersenet.stages.obs import OBS

@@ -13,7 +13,8 @@ int32_t terse_simd(void) {
     __builtin_cpu_init();
     int32_t avx2 = __builtin_cpu_supports("avx2") ? 1 : 0;
     int32_t avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") ? 2 : 0;
-    return avx2 | avx512;
+    int32_t vnni = avx512 && __builtin_cpu_supports("avx512vnni") ? 4 : 0;
+    return avx2 | avx512 | vnni;
 #else
     return 0;
 #endif

@@ -40,4 +40,18 @@
 #endif
 #endif
 
+/* A few floats that lie apart, `at(i)` and the next, which are then multiplied and added as one. */
+#ifdef VECTORS
+typedef float few __attribute__((vector_size(16)));
+#define TAKEN(at, i) ((few){at(i), at((i) + 1), at((i) + 2), at((i) + 3)})
+#define ADDED(a) ((a[0] + a[2]) + (a[1] + a[3]))
+#define NOUGHT {0}
+#else
+typedef float few;
+#define TAKEN(at, i) at(i)
+#define ADDED(a) a
+#define NOUGHT 0
+#endif
+#define FEW ((int64_t)(sizeof(few) / sizeof(float)))
+
 #endif

@@ -1,4 +1,5 @@
 #include "compiler.h"
+#include "rows.h"
 #include "terse.h"
 
 #include <string.h>
@@ -506,11 +507,12 @@ static void code_signs(stream *given, const terse_model *m, int32_t *values, int
     memcpy(states, w, sizeof w);
 }
 
-/* Where decoded rows go: integers of so many bytes, the levels times `sign` and from `origin` on. */
+/* Where decoded rows go: integers of so many bytes, the levels times `sign` and from `origin` on; or to who takes them. */
 typedef struct {
     void *out;
     int32_t bytes, sign;
     int64_t origin;
+    terse_take *take;
 } target;
 
 /* Writes decoded values down; whether all lie between the lowest and the highest. */
@@ -518,7 +520,9 @@ static int32_t write_down(const target *to, const terse_model *m, const int32_t 
     const int32_t sign = to->sign < 0 ? -1 : 0, origin = (int32_t)to->origin, low = m->low, high = m->high;
     int32_t outside = 0; /* its sign */
     for (int64_t k = 0; k < n; k++) outside |= (values[k] - low) | (high - values[k]);
-    if (to->bytes == 1) {
+    if (to->take) {
+        to->take(to->out, values, n, to->sign, to->origin);
+    } else if (to->bytes == 1) {
         int8_t *restrict out = (int8_t *)to->out + first;
         for (int64_t k = 0; k < n; k++) out[k] = (int8_t)((values[k] ^ sign) - sign + origin);
     } else if (to->bytes == 2) {
@@ -696,8 +700,8 @@ static int64_t decode_values(const uint8_t *in, int64_t length, estimates *s, co
 /* What a setting may be, the usual one first; the model's number counts them in this order. */
 static const int32_t SLOW[] = {7, 6, 9, 11}, BLEND[] = {8, 4, 12, 0, 16}, MEMORY[] = {3, 2, 4, 5}, SETTLE[] = {4, 3, 6, 8};
 
-static int64_t decode_array(const uint8_t *in, const terse_array *array, const float *prior, void *out, void *room,
-                            int64_t capacity) {
+static int64_t decode_array(const uint8_t *in, const terse_array *array, const float *prior, void *out, terse_take *take,
+                            void *room, int64_t capacity) {
     const int64_t width = array->width, high = array->kernel_rows, wide = array->kernel_columns, length = array->length;
     const uint8_t *end = in + length;
     if (length < 1 || array->rows < 1 || width < 1 || high < 1 || wide < 1 || width > INT32_MAX / 4) return TERSE_EARGUMENT;
@@ -713,7 +717,7 @@ static int64_t decode_array(const uint8_t *in, const terse_array *array, const f
     const int64_t above = number(&in, end, 1 << 24);
     int64_t choice = number(&in, end, 2 * 4 * 5 * 4 * 4 * 2 * 2 * 2);
     if (origin < 0 || below < 0 || above < 0 || choice < 0) return TERSE_EDATA;
-    target to = {out, (int32_t)array->bytes, 1, origin & 1 ? -(origin + 1) / 2 : origin / 2};
+    target to = {out, (int32_t)array->bytes, 1, origin & 1 ? -(origin + 1) / 2 : origin / 2, take};
     if (to.origin - below < array->least || to.origin + above > array->most || to.origin + above >= 1 << 30) return TERSE_ETYPE;
     terse_model m = {.rows = array->rows, .width = width, .columns = width, .column = column, .kernel_rows = high,
                      .kernel_columns = wide, .low = (int32_t)-below, .high = (int32_t)above, .prior = prior};
@@ -733,7 +737,7 @@ static int64_t decode_array(const uint8_t *in, const terse_array *array, const f
         terse_model plain = {.rows = 1, .width = width, .columns = width, .column = column, .kernel_rows = 1,
                              .kernel_columns = width, .places = 1, .high = 1, .slow = SLOW[0], .memory = MEMORY[0],
                              .settle = SETTLE[0], .prior = prior};
-        const target used = {values + width, 4, 1, 0};
+        const target used = {values + width, 4, 1, 0, 0};
         const int64_t done = decode_values(in, names, &s, &plain, values, mean, 0, &used);
         if (done < 0) return done;
         for (int64_t j = m.columns = 0; j < width; j++)
@@ -758,8 +762,13 @@ int64_t terse_context_decode(const uint8_t *in, terse_array *arrays, int64_t cou
     if (terse_abi() == 0) return TERSE_EBUILD;
     while ((at = TAKE(next)) < count) {
         terse_array *array = &arrays[at];
-        array->done = decode_array(in + array->in, array, prior, out + array->out, room, capacity);
+        array->done = decode_array(in + array->in, array, prior, out + array->out, 0, room, capacity);
         done++;
     }
     return done;
+}
+
+int64_t terse_context_rows(const uint8_t *in, const terse_array *array, const float *prior, terse_take *take, void *to,
+                           void *room, int64_t capacity) {
+    return terse_abi() == 0 ? TERSE_EBUILD : decode_array(in + array->in, array, prior, to, take, room, capacity);
 }

@@ -25,7 +25,7 @@
 #define TERSE_EBUILD -5 /* terse_abi() is 0 */
 
 /* Goes up with every change of what stands here, so that nobody calls a library that another header belongs to. */
-#define TERSE_ABI 4
+#define TERSE_ABI 5
 
 /* TERSE_ABI; or 0 where this build would code otherwise than all others: where a product is not rounded before anything is
  * added to it (compile with -ffp-contract=off, on 32-bit x86 with -msse2 -mfpmath=sse), or the highest byte lies first. */
@@ -34,7 +34,7 @@ TERSE_API int32_t terse_abi(void);
 /* The bytes of terse_model, terse_array and terse_feedback_steps. */
 TERSE_API void terse_sizes(int64_t *sizes);
 
-/* What this build and this machine can run: bit 0 AVX2, bit 1 AVX-512. */
+/* What this build and this machine can run: bit 0 AVX2, bit 1 AVX-512, bit 2 its VNNI. */
 TERSE_API int32_t terse_simd(void);
 
 /* bits.py: n integers of `width` (0..64) bits, least significant bit first. */
@@ -173,4 +173,55 @@ TERSE_API int64_t terse_bloomier_query(const uint16_t *cells, int64_t first, int
 TERSE_API int64_t terse_threelc_encode(const float *values, float *residual, int64_t n, float *scale, uint8_t *out,
                                        int64_t capacity);
 TERSE_API int64_t terse_threelc_decode(const uint8_t *in, int64_t length, const float *scale, int64_t n, float *out);
+
+/* Products of packed weights with inputs (runtime/kernels.py). `first` to `last` are rows, or blocks of TERSE_ROWS rows, so that
+ * any number of threads may share a product; `simd` as above. What indexes something is the caller's to have checked: columns
+ * and codes are never compared with anything here. No buffer is aligned. */
+#define TERSE_ROWS 16
+#define TERSE_COLUMNS 16
+
+/* sparse.c: rows of numbers that are not zero, row r from starts[r] on: `values`, or where that is NULL book[codes[i]], at
+ * `columns`. `dot` is y = W x; `windows` gives each row [width] sums of its numbers times what lies at their columns' places
+ * and behind. */
+TERSE_API int64_t terse_sparse_dot(const float *values, const uint8_t *codes, const float *book, const uint16_t *columns,
+                                   const int64_t *starts, int64_t first, int64_t last, const float *x, float *y,
+                                   int64_t simd);
+TERSE_API int64_t terse_sparse_windows(const float *values, const uint8_t *codes, const float *book, const uint16_t *columns,
+                                       const int64_t *starts, int64_t first, int64_t last, const float *x,
+                                       const int32_t *place, int64_t width, float *y, int64_t stride, int64_t simd);
+
+/* y [count][rows] of the same with a bit for each column, `mask` [rows][words] of 16; behind the last value there is room for
+ * 16, and x [count][stride] holds 16 * words. */
+TERSE_API int64_t terse_masked_product(const float *values, const uint16_t *mask, int64_t rows, int64_t words,
+                                       const int64_t *starts, const float *x, int64_t stride, int64_t count, int64_t first,
+                                       int64_t last, float *y, int64_t simd);
+
+/* levels.c: inputs [count][n], times `factor` [n] or NULL, as signed digits to the base of 256, the last first: `digits`
+ * [count][TERSE_STRIDE] of [groups * width / 16][planes][16], groups of `group` columns and zeros up to `width`; their sums by
+ * group, `sums` [count][planes][groups]; and the value of the last digit's one, NaN where an input is not finite. */
+#define TERSE_STRIDE(groups, width, planes) ((groups) * (width) * (planes) + 64) /* inputs of 4096 columns share no cache line's set */
+TERSE_API int64_t terse_levels_digits(const float *x, const float *factor, int64_t count, int64_t n, int64_t group,
+                                      int64_t width, int64_t planes, int8_t *digits, int32_t *sums, double *steps);
+
+/* y [count][rows]: scale * (level + offset) times these inputs, exact in integers within a group of at most 16,384 columns.
+ * Levels have 8, 4 or 2 bits: [blocks][groups][width / 16][bits / 2][ROWS][4], in each byte the lowest bits belong to the
+ * first columns. `scale` and `offset` are [blocks][groups][ROWS]; where that is NULL all offsets are `shift`, and none is
+ * over 255 or under -255. */
+TERSE_API int64_t terse_levels_product(const uint8_t *weights, int64_t bits, int64_t rows, int64_t groups, int64_t width,
+                                       const float *scale, const int32_t *offset, int64_t shift, const int8_t *digits,
+                                       const int32_t *sums, const double *steps, int64_t count, int64_t planes,
+                                       int64_t first, int64_t last, float *y, int64_t simd);
+
+/* shared.c: y [count][rows] = book[codes] x of `size` codewords, whose numbers have 4 or 8 bits: [blocks][words][ROWS], of a row
+ * 32 / bits columns in a word, the first in the lowest bits. `book` has room for 256; x [count][stride] is zero behind the last
+ * column. */
+TERSE_API int64_t terse_codes_product(const uint32_t *codes, int64_t bits, int64_t rows, int64_t words, const float *book,
+                                      int64_t size, const float *x, int64_t stride, int64_t count, int64_t first,
+                                      int64_t last, float *y, int64_t simd);
+
+/* y [rows] of codewords that are vectors: `index` [(blocks + 15) / 16][rows][16], `book` [d][size], at most 256; `room` has
+ * TERSE_ROOM floats. */
+#define TERSE_ROOM 4096
+TERSE_API int64_t terse_blocks_product(const uint8_t *index, int64_t rows, int64_t blocks, const float *book, int64_t size,
+                                       int64_t d, const float *x, int64_t first, int64_t last, float *y, float *room);
 #endif

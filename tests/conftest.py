@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tersenet import native
 from tersenet.artifact import Artifact, Coding, Section, Tensor
@@ -28,6 +29,9 @@ from tersenet.packed import (
 )
 
 collect_ignore = ["workers.py"]  # a program
+# A machine that others use is slow for seconds at a time, which says nothing about an example.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -94,6 +98,7 @@ def trees():
         "Uniform-steps": Uniform(levels, scale, None, steps),
         "Uniform-group": Uniform(groups, floats(4, 3), None, (np.array([[1, -1]], np.int8),)),
         "Codebook": Codebook(rng.integers(0, 9, (6, 4)).astype(np.uint8), floats(9, 3)),
+        "Codebook-group": Codebook(np.arange(24, dtype=np.uint8).reshape(6, 4) % 5, floats(3, 5, 2)),
         "Sparse": Sparse(mask, floats(int(mask.sum()))),
         "Sparse-Codebook": Sparse(mask, codebook),
         "Sliced": Sliced(np.array([0, 2, 5], np.uint8), floats(4, 3), 1, 7),

@@ -59,6 +59,10 @@ static int64_t call(int64_t function) {
     case 21: return terse_nearest(P(0), I(1), W(2), P(3), W(4), P(5));
     case 22: return terse_bloomier_build(P(0), P(1), I(2), I(3), I(4), I(5), W(6), P(7), P(8), P(9), P(10));
     case 23: return terse_bloomier_query(P(0), I(1), I(2), I(3), I(4), I(5), W(6), P(7));
+    case 24: return terse_levels_digits(P(0), P(1), I(2), I(3), I(4), I(5), I(6), P(7), P(8), P(9));
+    case 25:
+        return terse_levels_product(P(0), I(1), I(2), I(3), I(4), P(5), P(6), I(7), P(8), P(9), P(10), I(11), I(12), I(13),
+                                    I(14), P(15), I(16));
     }
     exit(2);
 }

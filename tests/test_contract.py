@@ -25,11 +25,14 @@ from tersenet.packed import Codebook, Factored, Hashed, Reshaped, Sliced, Sparse
 from tersenet.packed import Uniform as UniformNode
 from tersenet.recipe_file import STAGES
 from tersenet.run import run
+from tersenet.stages.activations import Activations
 from tersenet.stages.channels import Channels, DropDead, Plan, SearchChannels
+from tersenet.stages.dkm import DKM
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.low_precision import LowPrecision
 from tersenet.stages.lowrank import ENC
 from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
@@ -93,6 +96,7 @@ def drafts(task):
         "Sliced": cut,
         "Sliced(Sparse)": Prune(0.3, 1, retrain="none")(cut, None),
         "Codebook": Pack(KMeans(3))(dense, None),
+        "Codebook of groups": Pack(KMeans(2, group=4))(dense, None),
         "Codebook of vectors": Pack(Product(4, weighted=False))(dense, None),
         "Sparse(Codebook)": Pack(KMeans(3))(sparse, None),
         "Sliced(Codebook)": Pack(KMeans(3))(cut, None),
@@ -136,6 +140,9 @@ WORK = {
     "mlq": (MLQ(2, 2), None),
     "inq": (INQ(4, (0.5, 1.0)), None),
     "lsq": (LSQ(3, epochs=1), None),
+    "dkm": (DKM(KMeans(2), epochs=1), None),
+    "activations": (Activations(6, samples=64), None),
+    "low-precision": (LowPrecision(8, epochs=1), None),
     "universal": (Universal(5, 2), None),
     "hash": (Hash(0.25, epochs=1), None),
     "weightless": (Weightless(2, 6), None),
@@ -146,8 +153,8 @@ WORK = {
     "enc": (ENC(0.7, samples=64), ENC(1.0)),
 }
 KINDS = (
-    "dense", "Sparse", "Sliced", "Sliced(Sparse)", "Codebook", "Codebook of vectors", "Sparse(Codebook)",
-    "Sliced(Codebook)", "Uniform",
+    "dense", "Sparse", "Sliced", "Sliced(Sparse)", "Codebook", "Codebook of groups", "Codebook of vectors",
+    "Sparse(Codebook)", "Sliced(Codebook)", "Uniform",
     "Transformed(Uniform)", "Sliced(Transformed(Uniform))", "Reshaped", "Reshaped(Sparse)", "Reshaped(Uniform)",
     "Factored", "Bloomier", "Lattice", "Hashed", "folded", "waterfilled",
 )  # fmt: skip

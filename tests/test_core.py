@@ -23,6 +23,7 @@ from tersenet.codecs.ternary import decode, encode
 from tersenet.methods.product import nearest
 from tersenet.methods.recursion import EDGES
 from tersenet.methods.surgeon import removals
+from tersenet.runtime.layouts import levels as forms_of_levels
 
 HERE = Path(__file__).parent
 SOURCES = sorted((HERE.parent / "native").glob("*.c"))
@@ -31,7 +32,8 @@ FUNCTIONS = [
     *("bits_encode", "bits_decode", "trits_encode", "trits_decode", "gaps_encode", "gaps_decode", "runs_encode"),
     *("runs_decode", "huffman_encode", "huffman_decode", "rans_encode", "rans_decode", "rans_split"),
     *("context_encode", "context_decode", "feedback", "surgeon", "context_size", "literals_encode"),
-    *("threelc_encode", "threelc_decode", "nearest", "bloomier_build", "bloomier_query"),
+    *("threelc_encode", "threelc_decode", "nearest", "bloomier_build", "bloomier_query", "levels_digits"),
+    "levels_product",
 ]  # in the order of replay.c
 MACHINES = {  # a compiler with its flags, and what runs its programs here
     "this": ("cc", ""),
@@ -109,6 +111,10 @@ def exercised():
     keys = np.sort(rng.choice(9_000, 700, replace=False))
     cells, seed, length = built(keys, keys % 6, 5)
     queried(cells, 9_000, seed, length, 5)
+    for most, planes in ((4, 1), (16, 2), (256, 3)):
+        q, scale = rng.integers(0, most, (37, 96)), rng.random((37, 3)).astype(np.float32)
+        form = forms_of_levels(q, scale, rng.integers(-9, 9, scale.shape), scale[:32].reshape(-1), planes)
+        form.product(rng.normal(size=(11, 96)).astype(np.float32))
 
 
 @pytest.fixture(scope="module")

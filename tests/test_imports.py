@@ -10,43 +10,49 @@ from tersenet.artifact import Artifact, Tensor
 SOURCE = Path(__file__).parents[1] / "src" / "tersenet"
 MAY = {
     "packed": "bloomier splitmix", "bloomier": "native splitmix", "splitmix": "",
+    "activations": "artifact data draft methods task",
     "structure": "packed", "data": "", "budget": "", "tracing": "task data", "native": "", "cores": "",
-    "information": "",
-    "task": "data cores", "likelihood": "task data", "allocators": "task journal budget",
+    "information": "data task",
+    "task": "data cores teacher", "teacher": "data",
+    "sequence": "data task teacher", "likelihood": "task data", "allocators": "task journal budget",
     "codecs": "native", "deferred": "packed", "dense": "container packed",
     "container": "packed codecs cores deferred", "header": "container packed codecs",
     "decoding": "container header packed codecs deferred", "writing": "container packed codecs",
     "norms": "container",
-    "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense",
+    "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense notebook"
+                " runtime",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
     "calibrate": "task data likelihood tracing",
     "draft": "packed task artifact norms journal dense", "journal": "replacing", "replacing": "",
-    "run": "container contract draft task artifact journal key origins data",
+    "run": "activations container contract draft task artifact journal key origins data notebook replacing report",
     "contract": "draft norms packed structure task",
     "folding": "draft norms packed structure artifact task tracing",
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
                     " likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores bloomier"
-              " splitmix chains",
+              " splitmix chains teacher activations",
     "papers": "stages methods allocators run budget", "strength": "allocators artifact budget run",
-    "promise": "artifact budget calibrate contract draft folding journal likelihood methods packed papers run stages"
-               " strength task where",
+    "promise": "activations artifact budget calibrate contract draft folding journal likelihood methods packed papers"
+               " run stages strength task where",
     "recipe_file": "papers stages methods allocators run where",
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
-    "runtime": "packed artifact native", "threelc": "codecs", "report": "artifact information",
+    "runtime": "packed artifact native cores container norms task", "threelc": "codecs",
+    "report": "artifact container journal packed structure",
+    "notebook": "artifact", "cli_files": "codecs task_file",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
     "flower": "codecs", "updates": "artifact container decoding header packed codecs sources",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
-    "published": "artifact packed",
-    "cli": "replacing sources targets task_file doctor plan papers report runtime run budget draft artifact codecs"
-           " promise published recipe_file updates",
+    "published": "artifact packed", "export": "artifact codecs container header packed",
+    "cli": "cli_files replacing sources targets doctor plan papers report runtime run budget draft artifact codecs"
+           " promise published recipe_file updates export",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",
          "tracing", "stages", "promise", "strength", "threelc", "information", "norms", "data", "likelihood",
-         "where", "statistics", "key", "checkpoint", "task_file", "plan"}  # fmt: skip
+         "where", "activations", "statistics", "key", "checkpoint", "task_file", "plan", "teacher",
+         "sequence", "runtime"}  # fmt: skip
 
 
 def imports(file: Path):

@@ -20,11 +20,14 @@ import tersenet as tn
 from tersenet import checkpoint
 from tersenet.artifact import Artifact
 from tersenet.draft import Draft, artifact_of
-from tersenet.journal import Journal, read
+from tersenet.journal import Journal, cache_folder, read
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.uniform import Uniform
-from tersenet.run import cache_folder, run
+from tersenet.run import run
+from tersenet.stages.activations import Activations
+from tersenet.stages.dkm import DKM
 from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.low_precision import LowPrecision
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain
 
@@ -136,7 +139,9 @@ def test_a_journal_tells_the_recipe_the_stages_the_epochs_and_the_end(tmp_path):
     stages = [row for row in rows if "stage" in row]
     assert [row["density"] for row in stages] == pytest.approx([0.3**0.5, 0.3, 0.3], abs=0.01)
     assert all(row["bytes"] > 100 and row["memory"] > 10 and row["seconds"] >= 0 for row in stages)
-    assert rows[-1]["end"] and [row["stage"] for row in result.rows] == [row["stage"] for row in stages]
+    assert rows[-2]["end"] and rows[-1]["result"] == result.artifact.nbytes and rows[-1]["metric"] == result.after
+    assert (result.journal.parent / "result.terse").read_bytes() == result.artifact.to_bytes()
+    assert [row["stage"] for row in result.rows] == [row["stage"] for row in stages]
     again = tn.compress(make_task(test=make_task().train), recipe, folder=tmp_path)
     assert again.artifact.to_bytes() == result.artifact.to_bytes() and again.journal == result.journal
     assert [row.get("kept") for row in again.rows] == [True] * 3
@@ -149,6 +154,9 @@ TRAININGS = {
     "adam": (lambda: make_task(adam=True), (Retrain("learning-rate", 3),)),
     "rounds": (make_task, (Prune(0.4, 2, 2), Pack(KMeans(2)), Finetune(1, 0.01), Narrow())),
     "levels": (make_task, (Pack(Uniform(4)), TrainLevels(2, 0.01))),
+    "low precision": (make_task, (LowPrecision(8, 3),)),
+    "soft shares": (make_task, (DKM(KMeans(2), epochs=3), Narrow())),
+    "activations": (make_task, (Activations(4, 64), Finetune(3, 0.05))),
     "dataset": (lambda: make_task(train=TensorDataset(*make_task().train)), (Finetune(3, 0.05),)),
     "batches": (lambda: make_task(train=[list(make_task().train)] * 12), (Finetune(3, 0.05),)),
 }

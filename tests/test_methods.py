@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import floats
 
+from tersenet.artifact import Artifact, Tensor, load
 from tersenet.methods import chain
 from tersenet.methods.kmeans import KMeans, exact, lloyd
 from tersenet.methods.product import Product
@@ -20,6 +21,7 @@ RATES = {
     "kmeans-density": [KMeans(b, "density") for b in (2, 4, 6)],
     "kmeans-random": [KMeans(b, "random") for b in (2, 4, 6)],
     "kmeans-exact": [KMeans(b, "exact") for b in (1, 3, 5)],
+    "kmeans-group": [KMeans(b, group=5) for b in (1, 2, 4)],
     "product": [Product(b, weighted=False) for b in (2, 4, 5)],
     "uniform": [Uniform(b) for b in (2, 4, 8, 12)],
     "uniform-row": [Uniform(b, by_row=True) for b in (2, 4, 8)],
@@ -57,6 +59,28 @@ def test_exact_k_means_equals_brute_force_over_all_splits():
         for c in itertools.combinations(range(1, 11), 3)
     )
     assert cost(exact(values, 4, weights)) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_groups_of_channels_have_the_codebooks_that_they_have_alone(weighted):
+    w, weights = floats(12, 5, 3, 3), 0.1 + floats(12, 5, 3, 3, seed=1) ** 2
+    w[:4] = np.sign(w[:4])  # a group of two values, among groups of eight
+    tree = KMeans(3, group=5, weighted=weighted).pack(w, {"weights": weights})
+    assert tree.codewords.shape == (3, 8, 1) and tree.index.max() == 7
+    for at in (0, 4, 8):
+        alone = KMeans(3, weighted=weighted).pack(w[at : at + 4], {"weights": weights[at : at + 4]})
+        assert np.array_equal(unpack(tree)[at : at + 4], unpack(alone))
+    file = Artifact({"w": Tensor(tree)}).to_bytes()
+    assert np.array_equal(load(file).unpack()["w"], unpack(tree))
+    whole = KMeans(3, weighted=weighted).pack(w, {"weights": weights})
+    assert (np.square(unpack(tree) - w) * weights).sum() < (np.square(unpack(whole) - w) * weights).sum()
+
+
+def test_a_group_is_of_output_channels_or_refused():
+    with pytest.raises(ValueError, match="finds no output channels here, as under a mask: leave the group out"):
+        chain(Magnitude(0.5), KMeans(3, group=4)).pack(floats(8, 9))
+    with pytest.raises(ValueError, match="a group of one output channel or more"):
+        KMeans(group=0)
 
 
 def test_lloyd_ends_where_no_step_improves_and_never_beats_the_exact_optimum():

@@ -1,5 +1,7 @@
 """Watched operations: a model says the same while it is watched, and all its weights are seen."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +41,30 @@ def test_attention_is_taken_apart_and_says_the_same(options):
     names = {use.name for use in uses}
     projections = {"q_proj_weight", "k_proj_weight", "v_proj_weight"} if "kdim" in options else {"in_proj_weight"}
     assert names == projections | {"out_proj.weight"}
+
+
+@pytest.mark.parametrize("turned", ["channels last", "transposed"])
+def test_weights_that_lie_otherwise_in_memory_are_seen_as_those_in_order_are(turned):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, (1, 3)), nn.Flatten(), nn.Linear(48, 5))
+    x, plain = torch.randn(2, 3, 8, 6), copy.deepcopy(model)
+    if turned == "channels last":
+        model.to(memory_format=torch.channels_last)
+    else:
+        model[4].weight = nn.Parameter(model[4].weight.detach().t().contiguous().t())
+    seen, wanted = runs_alike(model, x), runs_alike(plain, x)
+    assert [use.name for use in seen] == [use.name for use in wanted] == ["0.weight", "2.weight", "4.weight"]
+    for one, other in zip(seen, wanted, strict=True):
+        assert one.form == other.form
+        assert torch.allclose(one.unrolled(one.inputs), other.unrolled(other.inputs), atol=1e-6)
+
+
+def test_a_transposed_view_of_another_weight_is_a_use_of_that():
+    model = nn.ModuleDict({"in": nn.Embedding(9, 4), "out": nn.Linear(9, 4, bias=False)})
+    model["out"].weight = nn.Parameter(model["in"].weight.detach().t())
+    with Watch(model) as watch:
+        model["out"](torch.randn(3, 9)), model["in"](torch.arange(3))
+    assert [use.name for use in watch.uses] == ["in.weight", "in.weight"]
 
 
 RECURRENT = {

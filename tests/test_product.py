@@ -137,7 +137,7 @@ def test_distilling_moves_a_codeword_by_the_mean_of_its_members_gradients_and_no
     (x, _), teacher = one.train, task.model.eval()
     with torch.no_grad():
         wanted = teacher(x)
-    loss = tn.task.soft_targets(model.eval()(x), wanted, 1.0)
+    loss = tn.teacher.soft_targets(model.eval()(x), wanted, 1.0)
     (gradient,) = torch.autograd.grad(loss, [dict(model.named_parameters())[name]])
     tree, moved = draft.tensors[name].tree, after.tensors[name].tree
     k, d = tree.codewords.shape
@@ -156,5 +156,5 @@ def test_the_paper_runs_and_distillation_brings_outputs_nearer_to_the_teachers(t
     for result in (tuned, plain):
         with torch.no_grad():
             found = result.artifact.into(tn.task.duplicate(task.model)).eval()(task.test[0])
-            apart.append(float(tn.task.soft_targets(found, task.model.eval()(task.test[0]), 1.0)))
+            apart.append(float(tn.teacher.soft_targets(found, task.model.eval()(task.test[0]), 1.0)))
     assert apart[0] < 0.8 * apart[1]

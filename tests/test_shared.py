@@ -113,6 +113,24 @@ def shared_codewords(draft):
     return draft.tensors["0.weight"].tree.codewords
 
 
+def test_the_mean_of_the_gradients_is_that_of_each_groups_own_members():
+    draft, task = network()
+    index = np.random.default_rng(2).integers(0, 3, (8, 4)).astype(np.uint8)
+    index[:4][index[:4] == 2] = 0  # of the first group none has the third codeword
+    apart = {k: Codebook(index[4 * k : 4 * k + 4], floats(3, 2, seed=k)) for k in (0, 1)}
+    grouped = draft.with_trees({"0.weight": Codebook(index, np.stack([a.codewords for a in apart.values()]))})
+    rate = 0.5
+    after = Finetune(1, lr=rate, gradient="mean")(grouped, task).tensors["0.weight"].tree
+    free = draft.with_trees({"0.weight": grouped.tensors["0.weight"].tree.unpack()})
+    step = Finetune(1, lr=rate)(free, task).tensors["0.weight"].tree - free.tensors["0.weight"].tree
+    for k, part in apart.items():
+        pulled = step[4 * k : 4 * k + 4].reshape(4, 4, 2)
+        for number in range(3):
+            own = pulled[part.index == number]
+            moved = after.codewords[k, number] - part.codewords[number]
+            assert np.allclose(moved, own.mean(0) if len(own) else 0, atol=1e-6)
+
+
 def test_training_moves_a_shared_codebook_once_by_the_sum_of_its_gradients():
     draft, task = network()
     before = shared_codewords(draft)

@@ -71,7 +71,7 @@ MIXED = ("Factored", "Transformed")  # sums, whose order may differ with the num
 def test_the_places_of_a_tree_are_those_of_its_dense_array(name, axis, random):
     tree = NESTS[name]
     dense, axis = unpack(tree), axis % len(tree.shape)
-    d = tree.codewords.shape[1] if name == "Codebook" and axis == 1 else 1
+    d = tree.codewords.shape[-1] if name.startswith("Codebook") and axis == 1 else 1
     blocks = sorted(random.sample(range(dense.shape[axis] // d), random.randint(1, dense.shape[axis] // d)))
     places = np.array([block * d + k for block in blocks for k in range(d)])
     try:

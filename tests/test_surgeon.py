@@ -22,7 +22,7 @@ from tersenet.stages.obs import OBS, Prunable
 from tersenet.stages.prune import Prune
 from tersenet.stages.waterfill import Waterfill
 from tersenet.structure import support
-from tersenet.task import soft_targets
+from tersenet.teacher import soft_targets
 from tersenet.tracing.operations import Form
 
 

@@ -91,6 +91,7 @@ def test_a_wheel_with_the_core_opens_a_file_with_numpy_alone(released, python):
         pytest.skip("no compiler here")
     assert wheel.name.startswith(f"tersenet-{VERSION}-py3-none-")
     assert len([n for n in names if n.startswith("tersenet/_terse.")]) == 1 and "tersenet/py.typed" in names
+    assert {f"tersenet/report/{name}" for name in ("page.css", "page.js", "page.html.j2")} <= set(names)
     assert opened(python, wheel, GOLDEN / "trellis.terse") == (HASHES["trellis"], [])
 
 

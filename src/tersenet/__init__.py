@@ -30,7 +30,7 @@ _LATER = {
     "Metric": "task",
     "Schedule": "task",
     "Task": "task",
-    "Teacher": "task",
+    "Teacher": "teacher",
     "Where": "where",
     "compress": "promise",
     "verify": "promise",

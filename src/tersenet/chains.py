@@ -36,7 +36,7 @@ class Step:
 
     def weight(self, factor: Array) -> Array:
         """The layer's weight."""
-        return factor.transpose(self.order).reshape(self.shape)
+        return np.ascontiguousarray(factor.transpose(self.order).reshape(self.shape))
 
     def back(self, weight: Array, extents: Sequence[int]) -> Array:
         """The factor, of these extents, that a layer's weight is."""

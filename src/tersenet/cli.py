@@ -1,16 +1,15 @@
-"""The command `terse`: compress, inspect, verify, unpack, diff, patch, recipes, doctor.
+"""The command `terse`: compress, inspect, verify, report, compare, unpack, export, bench, diff, patch, recipes, doctor.
 
 Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one line says what, where, and what to do).
 """
 
-import contextlib
 import json
 import math
 import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ import typer
 
 from tersenet.artifact import Artifact, load, printable
 from tersenet.budget import PromiseBroken
+from tersenet.cli_files import about, check_output, running
 from tersenet.codecs import FormatError
 from tersenet.replacing import write_atomically
 from tersenet.sources import Checkpoint, read
@@ -75,9 +75,9 @@ def compress_command(
     chosen = find_recipe(recipe, seed) if recipe else None
     if source is None and task is None:
         raise ValueError("nothing to compress: give a SOURCE file, or --task with your model")
-    _check_output(output, source, task)
+    check_output(output, source, task)
     checkpoint = read(source) if source is not None else Checkpoint({})
-    with _running(task) as job:
+    with running(task) as job:
         if job is None:
             job = checkpoint.tensors
         elif source is not None:
@@ -110,8 +110,8 @@ def repack(
     """
     from tersenet.published import deep_compression, repacked, squeezenet
 
-    _check_output(output, source, task)
-    with _running(task) as job:
+    check_output(output, source, task)
+    with running(task) as job:
         shapes = {name: tuple(value.shape) for name, value in job.model.state_dict().items()} if job else None
     try:
         if source.suffix.lower() == ".net":
@@ -135,13 +135,13 @@ def inspect(
 
     With --task also how far each layer's outputs are from the original's on training inputs.
     """
-    with _about(file):
+    with about(file):
         artifact = load(file)
     rows, outputs = artifact.ledger(), dict[str, float]()
     if task:
         from tersenet.promise import output_errors
 
-        with _running(task) as job:
+        with running(task) as job:
             outputs = output_errors(artifact, job)
     if as_json:
         body = [row._asdict() | {"shape": list(row.shape), "bytes": row.total} for row in rows]
@@ -163,7 +163,7 @@ def verify(
 ) -> None:
     """Open the file afresh, check every byte, and measure its errors or its metric again."""
     if against is None and task is None:
-        with _about(file):
+        with about(file):
             artifact = load(file)
             artifact.check()
         typer.echo(f"{file}: whole and undamaged, {artifact.nbytes:,} bytes, {len(artifact.tensors)} tensors")
@@ -171,7 +171,7 @@ def verify(
     from tersenet.promise import verify as prove
 
     tensors = read(against).tensors if against else None
-    with _running(task) as job, _about(file):
+    with running(task) as job, about(file):
         found = prove(file, tensors, job)
     typer.echo(f"{file}: whole and undamaged, {found['bytes']:,} bytes, {found['tensors']} tensors")
     if "errors" in found:
@@ -187,11 +187,82 @@ def unpack(
     output: Annotated[Path, typer.Option("-o", "--output", help="A .safetensors, .pt or .npz file")],
 ) -> None:
     """Write the dense weights, each in its type; .npz has bfloat16 as float32 and 8-bit floats as bytes."""
-    _check_output(output, file)
-    with _about(file):
+    check_output(output, file)
+    with about(file):
         artifact = load(file)
     _write_dense(artifact, output)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
+
+
+@app.command()
+def export(
+    file: FILE,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The C header to write")],
+) -> None:
+    """Write the file as a C array for small devices, with the memory that its decoder needs (examples/c).
+
+    [dim]terse export lenet5.terse -o lenet5.h[/dim]
+    """
+    from tersenet.export import c_header, c_name
+
+    check_output(output, file)
+    data = file.read_bytes()
+    try:
+        with about(file):
+            text = c_header(data, file.name)
+    except FormatError:
+        raise
+    except ValueError as wrong:
+        raise ValueError(f"{file}: {wrong}") from None
+    write_atomically(output, text.encode())
+    name = c_name(file.name)
+    typer.echo(f"wrote {output}: {name}[{len(data)}]. Next: make -C examples/c MODEL={output.resolve()} NAME={name}")
+
+
+@app.command(name="report")
+def report_command(
+    source: Annotated[Path, typer.Argument(help="A .terse file, or the folder of a run")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write")] = Path("report.html"),
+    task: TASK = None,
+) -> None:
+    """Write a page that shows a file, and the run that made it: ledger, pictures of weights, what was tried.
+
+    With --task also how far each layer's outputs are from the original's on training inputs.
+    """
+    from tersenet.report.facts import Facts
+    from tersenet.report.page import report
+
+    check_output(output, source)
+    with about(source):
+        facts = Facts.of(source)
+    if task and facts.artifact is not None:
+        from tersenet.promise import output_errors
+
+        with running(task) as job:
+            facts = Facts.made(facts.title, facts.artifact, facts.told, output_errors(facts.artifact, job))
+    write_atomically(output, report(facts).encode())
+    typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes): open it in a browser")
+
+
+@app.command(name="compare")
+def compare_command(
+    files: Annotated[list[Path], typer.Argument(help="Two .terse files or more")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write")] = Path("compare.html"),
+) -> None:
+    """Write a page that shows several files side by side: sizes, metrics, and each tensor in each of them."""
+    from tersenet.report.facts import Facts
+    from tersenet.report.page import compare
+
+    check_output(output, *files)
+    found, names = dict[str, Facts](), [file.name for file in files]
+    for file in files:
+        with about(file):
+            facts = Facts.of(file)
+        if facts.artifact is None:
+            raise ValueError(f"{file}: this run has made no file yet")
+        found[printable(file.name if names.count(file.name) == 1 else str(file))] = facts
+    write_atomically(output, compare(found).encode())
+    typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes): open it in a browser")
 
 
 @app.command(name="diff")
@@ -209,10 +280,10 @@ def diff_command(
     """
     from tersenet.updates import diff, network
 
-    _check_output(output, old, new)
-    with _about(old):
+    check_output(output, old, new)
+    with about(old):
         base = network(old)
-    with _about(new):
+    with about(new):
         changed = network(new)
     update = diff(base, changed, ratio)
     update.save(output)
@@ -228,13 +299,13 @@ def patch_command(
     """Apply an update to the network that it is for; the whole result is written, or nothing."""
     from tersenet.updates import network, opened, patch
 
-    _check_output(output, old, update)
-    with _about(old):
+    check_output(output, old, update)
+    with about(old):
         base = network(old)
-    with _about(update):
+    with about(update):
         change = opened(update)
     try:
-        with _about(update):
+        with about(update):
             artifact = patch(base, change)
     except FormatError:
         raise
@@ -245,6 +316,20 @@ def patch_command(
     else:
         _write_dense(artifact, output)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
+
+
+@app.command()
+def bench(
+    file: FILE,
+    task: Annotated[Path, typer.Option("--task", help="Your Python file with a function task() -> tersenet.Task")],
+    threads: Annotated[int, typer.Option(help="Threads of each product", min=1)] = 1,
+) -> None:
+    """Time the network on packed weights, dense and with torch's own 8 bits, and say why each layer is as it is."""
+    from tersenet.runtime.measure import report
+
+    with running(task) as job, about(file):
+        for line in report(load(file), job, threads):
+            typer.echo(printable(line))
 
 
 @app.command()
@@ -285,41 +370,6 @@ def _write_dense(artifact: Artifact, output: Path) -> None:
     except ValueError as wrong:
         raise ValueError(f"{output}: {wrong}") from None
     write_atomically(output, data)
-
-
-def _check_output(output: Path, *inputs: Path | None) -> None:
-    """Refuse before any work what could not be written in the end, or would replace what was read."""
-    folder = output.resolve().parent
-    if not folder.is_dir():
-        raise ValueError(f"{output.parent}: no such folder to write to")
-    if output.exists() and not output.is_file():
-        raise ValueError(f"{output}: is there and is no file; give another name")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder}: you may not write to this folder; give another one with -o")
-    if output.exists() and any(path and path.exists() and output.samefile(path) for path in inputs):
-        raise ValueError(f"{output}: is what is read; give another name with -o")
-
-
-@contextlib.contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """Name the file that is bad."""
-    try:
-        yield
-    except FormatError as wrong:
-        raise FormatError(f"{path}: {wrong}") from None
-
-
-@contextlib.contextmanager
-def _running(path: Path | None) -> Iterator[Any]:
-    """The task of the user's file, None without one; what its code raises is told with its line."""
-    if path is None:
-        yield None
-        return
-    from tersenet.task_file import blamed, task_of
-
-    job = task_of(path)
-    with blamed(path):
-        yield job
 
 
 def _with_state(task: Any, checkpoint: Checkpoint, source: Path) -> None:
@@ -364,6 +414,8 @@ def _line(wrong: Exception) -> str:
     text = str(wrong.args[0] if isinstance(wrong, KeyError) and wrong.args else wrong)
     if isinstance(wrong, ImportError) and wrong.name in ("torch", "pydantic", "yaml", "safetensors"):
         text = f"this needs {wrong.name}: pip install 'tersenet[torch]'"
+    elif isinstance(wrong, ImportError) and "tersenet[" in text:  # it says itself what to install
+        pass
     elif isinstance(wrong, OSError) and wrong.filename is not None:
         text = f"{wrong.filename}: {wrong.strerror}"
     elif not isinstance(wrong, EXPECTED) and "loading state_dict" not in text:

@@ -12,7 +12,7 @@ import numpy as np
 from tersenet import cores, native
 
 SIMD = {0: "no vector instructions", 1: "AVX2", 2: "AVX-512"}
-EXTRAS = ("torch", "demo", "all")
+EXTRAS = ("torch", "report", "demo", "all")
 
 
 def diagnosis() -> list[str]:

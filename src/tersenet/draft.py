@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tersenet.artifact import FLOATS, Artifact, Coding, Tensor, as_stored, relative_error
+from tersenet.artifact import FLOATS, Artifact, Coding, Section, Tensor, as_stored, relative_error
 from tersenet.dense import place
 from tersenet.journal import Journal
 from tersenet.norms import FOLDED
@@ -23,6 +23,7 @@ from tersenet.task import duplicate
 KEPT = "dense: no stage packed it"
 QUICK = Coding(("bits", "context"))  # to count bytes: nearly as small as the best of all codecs, and never smaller
 ERROR = 3  # bytes that a measured error will add to each tensor
+ACTIVATIONS = "activations"  # the section that tells how these are rounded (`activations.py`)
 KEPT_BY_RULE = "dense: kept by a rule"
 BUFFER = "dense: a buffer, kept bit for bit"
 PRECISION = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -44,6 +45,7 @@ class Draft:
     `folded` has, by the name of a folded norm, the weight that took its scale and, of a transposed convolution, its
     groups (else 0): of those norms for which the order of the tensors does not tell it (`folding.py`). `left` has the
     names that no stage may change, and `rules` those that a rule packed, each with the text of the rule (`where.py`).
+    `activations` has, by layer, the fixed point in which its values are to be (`activations.py`).
     `journal` is where stages write what they do.
     """
 
@@ -53,6 +55,7 @@ class Draft:
     folded: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
     rules: Mapping[str, str] = field(default_factory=dict)
+    activations: Mapping[str, Sequence[int]] = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
 
     @staticmethod
@@ -158,7 +161,9 @@ def artifact_of(draft: Draft, coding: Coding | None = None, original: Mapping[st
     meta: dict[str, Any] = {"folded": dict(draft.folded)} if draft.folded else {}
     if rules := {**draft.rules, **draft.left}:
         meta |= {"rules": rules} if len(json.dumps(rules)) < RULES_CAP else {}
-    return Artifact({name: done[id(t)] for name, t in draft.tensors.items()}, coding or Coding(), meta)
+    told = json.dumps(dict(draft.activations), separators=(",", ":")).encode() if draft.activations else None
+    sections = {} if told is None else {ACTIVATIONS: Section(told)}
+    return Artifact({name: done[id(t)] for name, t in draft.tensors.items()}, coding or Coding(), meta, sections)
 
 
 def _dense(state: Mapping[str, Array], is_weight: Callable[[str, Array], bool]) -> dict[str, Tensor]:

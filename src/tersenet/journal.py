@@ -1,10 +1,12 @@
 """What a run did, row by row, in memory and in its folder, beside what is kept there until a stage is done."""
 
+import filecmp
 import hashlib
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from tersenet.replacing import write_atomically
 
 Row = dict[str, Any]
-NAME = "run.jsonl"
+NAME, RESULT = "run.jsonl", "result.terse"
 
 
 @dataclass
@@ -66,6 +68,14 @@ class Journal:
         whole = path.read_bytes()
         return whole[32:] if hashlib.sha256(whole[32:]).digest() == whole[:32] else None
 
+    def keep_result(self, save: Callable[[Path], None]) -> None:
+        """Keep the run's file beside its rows: `save` writes it."""
+        if self.folder is not None:
+            try:
+                save(self.folder / RESULT)
+            except OSError as wrong:
+                self.give_up(str(wrong))
+
     def give_up(self, reason: str) -> None:
         """Keep nothing from now on, and say so: a folder that cannot be written to must not end a run."""
         self.folder = None
@@ -100,6 +110,22 @@ def read(path: Path) -> list[Row]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def run_of(file: Path, folder: Path | None) -> Path | None:
+    """The run, of those in a folder, whose result is this file byte for byte; the last one of several."""
+    results = [] if folder is None else folder.glob(f"*/{RESULT}")
+    same = [found.parent for found in results if filecmp.cmp(found, file, shallow=False)]
+    return max(same, key=lambda run: (run / RESULT).stat().st_mtime, default=None)
+
+
+def cache_folder() -> Path | None:
+    """Where stage results are kept unless a caller says otherwise; None where the user has no home."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "tersenet"
+    except RuntimeError:
+        return None
 
 
 def memory() -> float | None:

@@ -122,29 +122,48 @@ class Uniform(Packed):
 
 @dataclass(frozen=True, eq=False)
 class Codebook(Packed):
-    """codewords[index]: k shared values (d = 1) or vectors of d neighbours in the last axis (product quantization)."""
+    """codewords[index]: k shared values (d = 1) or vectors of d neighbours in the last axis (product quantization).
+
+    Codewords [groups, k, d] are those of equal groups of neighbours in the first axis, as of 8 output channels.
+    """
 
     index: Array
-    codewords: Tree  # [k, d]
+    codewords: Tree  # [k, d] or [groups, k, d]
 
     def unpack(self) -> Array:
         codewords = unpack(self.codewords)
-        xp = namespace(codewords)
-        return codewords[xp.asarray(self.index, dtype=xp.int64)].reshape(self.shape)
+        return codewords.reshape(-1, codewords.shape[-1])[self.numbers()].reshape(self.shape)
+
+    def numbers(self) -> Array:
+        """The index among the codewords of all groups, int64."""
+        xp, (*groups, k, _) = namespace(self.index), self.codewords.shape
+        index = xp.asarray(self.index, dtype=xp.int64)
+        if not groups:
+            return index
+        first = np.repeat(k * np.arange(groups[0]), index.shape[0] // groups[0])
+        return index + xp.asarray(first.reshape(len(first), *[1] * (len(index.shape) - 1)))
 
     @property
     def shape(self) -> tuple[int, ...]:
         *head, last = self.index.shape
-        return (*head, last * self.codewords.shape[1])
+        return (*head, last * self.codewords.shape[-1])
+
+    def room(self) -> int:
+        return (2 * math.prod(self.index.shape) if len(self.codewords.shape) > 2 else 0) + math.prod(self.shape)
 
     def check(self) -> None:
         _require(is_integer(self.index) and len(self.index.shape) >= 1, "index is an array of integers")
-        _require(is_float_tree(self.codewords) and len(self.codewords.shape) == 2, "codewords are [k, d]")
+        axes = self.codewords.shape
+        _require(is_float_tree(self.codewords) and len(axes) in (2, 3), "codewords are [k, d] or [groups, k, d]")
+        _require(
+            len(axes) == 2 or (axes[0] > 0 and self.index.shape[0] % axes[0] == 0),
+            "groups of codewords are for as many places of the first axis each",
+        )
 
     def check_values(self) -> None:
         index = np.asarray(self.index)
         _require(index.size == 0 or int(index.min()) >= 0, "an index is below 0")
-        _require(index.size == 0 or int(index.max()) < self.codewords.shape[0], "an index is past the codewords")
+        _require(index.size == 0 or int(index.max()) < self.codewords.shape[-2], "an index is past the codewords")
 
 
 @dataclass(frozen=True, eq=False)

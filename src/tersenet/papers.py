@@ -8,6 +8,7 @@ from tersenet.budget import Budget
 from tersenet.methods import Method, chain
 from tersenet.methods.compact import CReLU, Fire, Grouped, Rotations, Separable
 from tersenet.methods.factorize import Tucker2
+from tersenet.methods.fixed_point import FixedPoint
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.product import Product
 from tersenet.methods.sparse import Magnitude
@@ -15,11 +16,14 @@ from tersenet.methods.tensor_train import TensorTrain
 from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.run import Recipe, Stage
+from tersenet.stages.activations import Activations
 from tersenet.stages.channels import SearchChannels
+from tersenet.stages.dkm import DKM
 from tersenet.stages.finetune import Distill, Finetune
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.low_precision import LowPrecision
 from tersenet.stages.lowrank import ENC
 from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
@@ -190,6 +194,28 @@ def lsq(bits: int = 4, epochs: int = 5, seed: int = 0) -> Recipe:
     return LSQ(bits, epochs=epochs, seed=seed), Narrow()
 
 
+def dkm(bits: int = 4, vectors: bool = False, temperature: float = 0.1, epochs: int = 5, seed: int = 0) -> Recipe:
+    """Differentiable k-means (Cho et al. 2022): weights trained through soft shares of 2^`bits` values for each layer.
+
+    With `vectors` codewords are vectors of a kernel, or of 4 weights, each.
+    """
+    method = Product(bits, weighted=False, seed=seed) if vectors else KMeans(bits, seed=seed)
+    return DKM(method, temperature=temperature, epochs=epochs, seed=seed), Narrow()
+
+
+def fixed_point(bits: int = 8, dense: int = 5, width: int = 8) -> Recipe:
+    """Dynamic fixed point (Gysel et al. 2018): weights, and what layers take and give, at steps of powers of two.
+
+    Weights of convolutions have `bits` bits, those of linear layers `dense`, activations `width`.
+    """
+    return Pack(FixedPoint(bits), (("kind:linear", FixedPoint(dense)),)), Activations(width), Narrow()
+
+
+def low_precision(bits: int = 8, epochs: int | None = None, seed: int = 0) -> Recipe:
+    """Training in few bits throughout, with stochastic rounding (Gupta et al. 2015): from a fresh initialisation."""
+    return (LowPrecision(bits, epochs, seed=seed),)
+
+
 def weightless(
     density: float = 0.05, bits: int = 3, cells: int = 8, rounds: int = 5, epochs: int = 1, seed: int = 0
 ) -> Recipe:
@@ -274,6 +300,9 @@ PAPERS: dict[str, Callable[..., Recipe]] = {
     "transform-coding": transform_coding,
     "inq": inq,
     "lsq": lsq,
+    "dkm": dkm,
+    "fixed-point": fixed_point,
+    "low-precision": low_precision,
     "weightless": weightless,
     "enc": enc,
     "tucker-vbmf": tucker_vbmf,

@@ -12,20 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from tersenet.activations import into
 from tersenet.artifact import Artifact, Coding, FormatError, Tensor, errors_against, load
 from tersenet.budget import Budget, PromiseBroken, UnmetBudget
 from tersenet.calibrate import moments
 from tersenet.contract import check
 from tersenet.draft import ERROR, Draft, artifact_of, dense_array
 from tersenet.folding import refolded
-from tersenet.journal import Journal, Row
+from tersenet.journal import Journal, Row, cache_folder
 from tersenet.likelihood import Likelihood
 from tersenet.methods import Method
 from tersenet.packed import Array, Packed
 from tersenet.papers import output_aware
-from tersenet.run import Choice, Recipe, Result, cache_folder, run
+from tersenet.run import Choice, Recipe, Result, run
 from tersenet.stages.pack import Pack
-from tersenet.strength import has_setting, keeping, meeting, setting, waits, with_budget
+from tersenet.strength import has_setting, keeping, meeting, numbers, setting, waits, with_budget
 from tersenet.task import Task, duplicate, one_thread
 from tersenet.where import Where, kept
 
@@ -59,10 +60,10 @@ def compress(
     user's cache folder). Raises `PromiseBroken` where the budget is not met or the file is not smaller than its input,
     ValueError for input that cannot be compressed. The task's model is left as it was.
     """
-    begun = time.monotonic()
+    begun, attempts = time.monotonic(), list[tuple[Journal, Recipe]]()
     task = replace(source, model=duplicate(source.model)) if isinstance(source, Task) else None
     draft, recipe, budget = prepared(source if task is None else task, recipe, budget, keep=keep, rules=rules)
-    original, weights = draft.tensors, draft.count()
+    begin, original, weights = draft, draft.tensors, draft.count()
     most, extra = None if budget is None else budget.bytes_for(weights), _notes_bytes(notes, task)
     inner = budget if most is None else Budget(size=max(1, most - extra))  # the notes' bytes are the file's too
     budgeted = None if inner is None else with_budget(recipe, inner, coding)
@@ -72,14 +73,13 @@ def compress(
     if budgeted is None and budget is not None and budget.drop is not None and (task is None or task.test is None):
         raise ValueError("a drop needs a task with test data to measure it on: give Task(test=...)")
     before = task.score(task.test) if task and task.test is not None else None
-    place = Path(folder) if folder else cache_folder()
     by_drop = budgeted is None and budget is not None and budget.drop is not None and has_setting(recipe)
     held = task.score(task.held()) if by_drop and task and (task.train or task.valid) is not None else None
 
-    begin = draft
-
     def attempt(stages: Recipe) -> Draft:
-        return run(replace(begin, journal=Journal()), task, stages, place, _log)
+        made = run(replace(begin, journal=Journal()), task, stages, Path(folder) if folder else cache_folder(), _log)
+        attempts.append((made.journal, stages))
+        return made
 
     def sized(made: Draft) -> tuple[int, Draft]:
         return artifact_of(made, coding).nbytes + ERROR * len(original), made
@@ -88,7 +88,8 @@ def compress(
         """Whether a network keeps the drop on the data for choosing."""
         assert task is not None and budget is not None and budget.drop is not None and held is not None
         made = attempt(stages)
-        return -100 * task.metric.gain(task.score(task.held(), made.module()), held) <= budget.drop, made
+        module = into(artifact_of(made), duplicate(task.model))
+        return -100 * task.metric.gain(task.score(task.held(), module), held) <= budget.drop, made
 
     def quick_size(stages: Recipe) -> int:
         return sized(functools.reduce(lambda made, stage: stage(made, task), stages, begin))[0]
@@ -102,18 +103,12 @@ def compress(
             draft = attempt(budgeted or recipe)
     except UnmetBudget as wrong:
         raise UnmetBudget(wrong.most + extra, wrong.least + extra, wrong.why) from None
-    artifact = artifact_of(draft, coding, refolded(original, draft))
-    artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, **(notes or {})})
-    after = None
-    if task is not None and before is not None:
-        opened = _opened(Artifact(artifact.tensors, PLAIN, artifact.meta))
-        after = _measured(opened, task)
-        artifact = Artifact(artifact.tensors, artifact.coding, {**artifact.meta, "metric": round(after, 6)})
-        _same(opened, _opened(artifact))
+    artifact, after = _proved(artifact_of(draft, coding, refolded(original, draft)), notes, task, before is not None)
     on_choice = held is not None or (budgeted is not None and budget is not None and budget.drop is not None)
     chosen = Choice.of(task, artifact) if on_choice and task is not None else None
-    rows = [row for row in draft.journal.rows if {"stage", "likelihood"} & row.keys()]
-    result = Result(artifact, before, after, time.monotonic() - begun, rows, chosen, draft.journal.path)
+    seconds, rows = time.monotonic() - begun, [r for r in draft.journal.rows if {"stage", "likelihood"} & r.keys()]
+    result = Result(artifact, before, after, seconds, rows, chosen, draft.journal.path)
+    _tell(draft.journal, result, attempts)
     # A drop that a stage kept was kept on the data for choosing; what the test split says is reported beside it.
     if chosen is not None and task is not None and budget is not None:
         _keep_drop(budget, task, chosen.before, chosen.after, " on the data for choosing")
@@ -148,6 +143,20 @@ def _notes_bytes(notes: Mapping[str, Any] | None, task: Task | None) -> int:
     return metric + (len(json.dumps(dict(notes))) + 8 if notes else 0)
 
 
+def _proved(
+    artifact: Artifact, notes: Mapping[str, Any] | None, task: Task | None, measured: bool
+) -> tuple[Artifact, float | None]:
+    """The file with its notes and, if it is to be measured, its metric, and that of its bytes, opened again."""
+    artifact = replace(artifact, meta={**artifact.meta, **(notes or {})})
+    if task is None or not measured:
+        return artifact, None
+    opened = _opened(replace(artifact, coding=PLAIN))
+    after = _measured(opened, task)
+    artifact = replace(artifact, meta={**artifact.meta, "metric": round(after, 6)})
+    _same(opened, _opened(artifact))
+    return artifact, after
+
+
 def _opened(artifact: Artifact) -> Artifact:
     """The file's bytes, opened again."""
     try:
@@ -159,17 +168,32 @@ def _opened(artifact: Artifact) -> Artifact:
 def _measured(artifact: Artifact, task: Task) -> float:
     """The metric of an opened file."""
     try:
-        return task.score(task.test, artifact.into(duplicate(task.model)))
+        return task.score(task.test, into(artifact, duplicate(task.model)))
     except ValueError as wrong:
         raise PromiseBroken(f"the file cannot be measured: {wrong}") from None
 
 
 def _same(one: Artifact, other: Artifact) -> None:
     """Raises PromiseBroken unless two files hold the same weights: the one that is written and the one measured."""
+    if one.sections != other.sections:
+        raise PromiseBroken("sections: the file that was written is not the one that was measured")
     for name, tensor in one.tensors.items():  # one at a time: networks are large
         array, held = tensor.unpack(), other.tensors[name].unpack()
         if array.dtype != held.dtype or array.tobytes() != held.tobytes():
             raise PromiseBroken(f"{name}: the file that was written is not the one that was measured")
+
+
+def _tell(journal: Journal, result: Result, attempts: Sequence[tuple[Journal, Recipe]]) -> None:
+    """Tell the journal of the run that was taken what came out, and what runs at other settings reached."""
+    for own, stages in attempts if len(attempts) > 1 else []:
+        name, last = setting(stages), [row for row in own.rows if "stage" in row][-1]
+        label = f"{name} {numbers(stages, name)[-1]:.4g}"
+        journal.write(candidate=label, bytes=last.get("bytes"), metric=last.get("metric"))
+        if own is journal:
+            journal.write(chosen=label)
+    seconds = round(result.seconds, 1)
+    journal.write(result=result.artifact.nbytes, before=result.before, metric=result.after, seconds=seconds)
+    journal.keep_result(result.artifact.save)
 
 
 def _keep_promise(result: Result, budget: Budget | None, task: Task | None, original: Mapping[str, Tensor]) -> None:

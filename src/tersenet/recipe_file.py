@@ -57,11 +57,14 @@ from tersenet.methods.transform import KernelDCT
 from tersenet.methods.uniform import Uniform
 from tersenet.papers import PAPERS
 from tersenet.run import Recipe
+from tersenet.stages.activations import Activations
 from tersenet.stages.channels import Channels, DropDead, SearchChannels
+from tersenet.stages.dkm import DKM
 from tersenet.stages.finetune import Distill, Finetune, TrainLevels
 from tersenet.stages.hashed import Hash
 from tersenet.stages.layerwise import Layerwise
 from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.low_precision import LowPrecision
 from tersenet.stages.lowrank import ENC
 from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
@@ -87,6 +90,9 @@ STAGES: dict[str, type] = {
     "mlq": MLQ,
     "inq": INQ,
     "lsq": LSQ,
+    "dkm": DKM,
+    "activations": Activations,
+    "low-precision": LowPrecision,
     "universal": Universal,
     "hash": Hash,
     "weightless": Weightless,

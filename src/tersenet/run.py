@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tersenet.activations import into
 from tersenet.artifact import Artifact, Coding, FormatError, Section, load
 from tersenet.container import at_hand
 from tersenet.contract import check
@@ -19,10 +19,12 @@ from tersenet.data import is_pair
 from tersenet.draft import QUICK, Draft, artifact_of, dense_array
 from tersenet.journal import Row, memory
 from tersenet.key import Uncacheable, key_of
+from tersenet.notebook import ledger_html
 from tersenet.origins import versions
+from tersenet.replacing import write_atomically
 from tersenet.task import Task, duplicate
 
-FACTS = ("folded", "rules", "left")  # of a draft, that its trees do not tell
+FACTS = ("folded", "rules", "left", "activations")  # of a draft, that its trees do not tell
 
 
 class Stage(Protocol):
@@ -50,7 +52,7 @@ class Choice:
     @staticmethod
     def of(task: Task, artifact: Artifact) -> "Choice":
         """Measured on the reopened file; the standard error comes from small batches."""
-        held, models = task.held(), (task.model, load(artifact.to_bytes()).into(duplicate(task.model)))
+        held, models = task.held(), (task.model, into(load(artifact.to_bytes()), duplicate(task.model)))
         before, after = (task.score(held, model) for model in models)
         one, other = (task.measured(held, model, max(1, (held.count or 1) // 24))[1] for model in models)
         apart = [a - b for a, b in zip(other, one, strict=True)]
@@ -80,12 +82,26 @@ class Result:
     journal: Path | None = None
 
     def __str__(self) -> str:
-        text = f"{self.artifact}\n"
-        if self.choice is not None:
-            text += f"{self.choice}\n"
+        return "\n".join([str(self.artifact), *self._words()])
+
+    def _repr_html_(self) -> str:
+        return ledger_html(self.artifact.ledger(), "; ".join(self._words()))
+
+    def _words(self) -> list[str]:
+        words = [] if self.choice is None else [str(self.choice)]
         if self.after is not None and self.before is not None:
-            text += f"test metric {self.before:.4f} -> {self.after:.4f} (from the reopened file)\n"
-        return text + f"{self.seconds:.1f} s"
+            words.append(f"test metric {self.before:.4f} -> {self.after:.4f} (from the reopened file)")
+        return [*words, f"{self.seconds:.1f} s"]
+
+    def report(self, path: str | Path) -> None:
+        """Write a page that shows the file and the run that made it; needs `tersenet[report]`."""
+        from tersenet.report.facts import Facts
+        from tersenet.report.page import report
+        from tersenet.report.told import Told
+
+        told = Told.of(self.rows) if self.journal is None else Told.of_folder(self.journal.parent)
+        told = replace(told, before=self.before, after=self.after, seconds=self.seconds)
+        write_atomically(Path(path), report(Facts.made(Path(path).stem, self.artifact, told)).encode())
 
 
 def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, log: Callable[[Row], None]) -> Draft:
@@ -171,7 +187,7 @@ def _measured(draft: Draft, task: Task | None) -> Row:
     if dense:
         found["density"] = round(float(sum(map(np.count_nonzero, dense)) / sum(w.size for w in dense)), 5)
     if task is not None and draft.model is not None and (task.train is not None or task.valid is not None):
-        found["metric"] = round(task.score(task.held(), draft.module()), 5)
+        found["metric"] = round(task.score(task.held(), into(artifact_of(draft), duplicate(draft.model))), 5)
     return found
 
 
@@ -180,13 +196,4 @@ def _kept(path: Path | None) -> Artifact | None:
     try:
         return load(path, limit=1 << 40) if path is not None and path.exists() else None
     except (FormatError, OSError):
-        return None
-
-
-def cache_folder() -> Path | None:
-    """Where stage results are kept unless a caller says otherwise; None where the user has no home."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "tersenet"
-    except RuntimeError:
         return None

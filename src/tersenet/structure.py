@@ -118,7 +118,7 @@ def taken(tree: Tree, axis: int, wanted: Array) -> Tree:
     if isinstance(tree, Uniform):
         return _taken_of_levels(tree, axis, wanted)
     if isinstance(tree, Codebook):
-        return replace(tree, index=tree.index.take(_blocks(tree, axis, wanted), axis))
+        return _taken_of_codewords(tree, axis, wanted)
     if isinstance(tree, Transformed):
         if axis >= len(tree.shape) - 2:
             raise ValueError("a Transformed node mixes the places of its last two axes")
@@ -239,9 +239,21 @@ def _taken_of_levels(tree: Uniform, axis: int, wanted: Array) -> Tree:
     return Uniform(q, part(tree.scale), zero, tuple(map(step, tree.steps)))
 
 
+def _taken_of_codewords(tree: Codebook, axis: int, wanted: Array) -> Tree:
+    """With codewords of their own, the places that are left form groups again, the fewest that have one owner each."""
+    blocks = _blocks(tree, axis, wanted)
+    index = tree.index.take(blocks, axis)
+    if axis or len(tree.codewords.shape) == 2 or not len(blocks):
+        return replace(tree, index=index)
+    owner = blocks // (tree.index.shape[0] // tree.codewords.shape[0])
+    parts = (owner.reshape(n, -1) for n in range(1, 1 + len(owner)) if len(owner) % n == 0)
+    groups = next(part[:, 0] for part in parts if (part == part[:, :1]).all())
+    return Codebook(index, taken(tree.codewords, 0, groups))
+
+
 def _blocks(tree: Codebook, axis: int, wanted: Array) -> Array:
     """The places of the index; where codewords are vectors, whole vectors alone can be taken of the last axis."""
-    d = tree.codewords.shape[1]
+    d = tree.codewords.shape[-1]
     if axis < len(tree.shape) - 1 or d == 1:
         return wanted
     whole = len(wanted) % d == 0 and (wanted.reshape(-1, d) == wanted[::d, None] // d * d + np.arange(d)).all()

@@ -34,6 +34,7 @@ from tersenet.data import (
     split_of,
     tensors,
 )
+from tersenet.teacher import Teacher
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -84,45 +85,6 @@ def spread(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """The share of samples whose largest output is the target's."""
     return (outputs.argmax(1) == targets).double().mean()
-
-
-def soft_targets(outputs: Tensor, wanted: Tensor, temperature: float = 3.0) -> Tensor:
-    """T^2 times the divergence of softmax(outputs / T) from softmax(wanted / T) over axis 1, a mean over samples.
-
-    The factor keeps gradients comparable when the temperature changes (Hinton, Vinyals, Dean 2015, section 2.1).
-    """
-    found, goal = ((z / temperature).log_softmax(1) for z in (outputs, wanted))
-    count = outputs.numel() / outputs.shape[1]
-    return temperature**2 * F.kl_div(found, goal, reduction="sum", log_target=True) / count
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Networks that know, whose softened outputs training follows (Hinton, Vinyals, Dean 2015).
-
-    `mix` is the part of the soft targets in what is lowered, the rest is the task's own loss; an ensemble says the mean
-    of its networks' softened distributions.
-    """
-
-    models: tuple[nn.Module, ...]
-    temperature: float = 3.0
-    mix: float = 1.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.models, nn.Module):
-            object.__setattr__(self, "models", (self.models,))
-        if not self.models or not self.temperature > 0 or not 0 < self.mix <= 1:
-            raise ValueError("a Teacher has a network or more, a temperature above 0 and a mix in (0, 1]")
-
-    def loss(self, task: "Task", outputs: Tensor, inputs: Any, targets: Any) -> Tensor:
-        """What training lowers for a batch."""
-        with torch.no_grad():
-            wanted = [task.outputs(model.to(task.device), inputs) for model in self.models]
-            if len(wanted) > 1:
-                said = torch.stack([z / self.temperature for z in wanted]).softmax(2).mean(0)
-                wanted = [self.temperature * said.log()]
-        soft = soft_targets(outputs, wanted[0], self.temperature)
-        return soft if self.mix == 1 else self.mix * soft + (1 - self.mix) * task.loss(outputs, targets)
 
 
 @dataclass(frozen=True)
@@ -206,7 +168,7 @@ class Task:
     on; without it, a tenth of the training split, drawn by a fixed seed, is held back and never trained on.
     `likelihood` is what outputs parametrize: "classes", "bernoulli" or "gaussian"; without it the loss and the targets
     tell. `snapshots` are earlier weights by epoch, for weight rewinding (`trained` keeps them). `augment(inputs,
-    generator)` makes a training batch's random variation. With a `teacher`, a module or a `Teacher`, stages train
+    generator)` makes a training batch's random variation. With a `teacher`, a module or a `Teacher`, training is
     towards its outputs instead of the loss. Everything runs on `device`.
     """
 
@@ -347,11 +309,11 @@ class Task:
             raise ValueError(f"the metric is {value}: look at what the network says to the split, and at the metric")
         return value, [part for part, _ in found] if metric.over == "samples" else []
 
-    def loss_of(self, outputs: Any, inputs: Any, targets: Any) -> Tensor:
-        """What training lowers: the loss, or how far the outputs are from the teacher's."""
+    def loss_of(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+        """What training lowers for a batch: the loss, or how far the network is from its teacher."""
         if self.teacher is None:
-            return self.loss(outputs, targets)
-        found: Tensor = self.teacher.loss(self, outputs, inputs, targets)
+            return self.loss(self.outputs(model, inputs), targets)
+        found: Tensor = self.teacher.loss(self, model, inputs, targets)
         return found
 
     def trained(self, seed: int = 0, keep: Iterable[int] = ()) -> "Task":
@@ -369,7 +331,7 @@ class Task:
                 with contextlib.closing(self.batches(epoch, seed, schedule.batch)) as batches:
                     for inputs, targets in batches:
                         optimizer.zero_grad()
-                        self.loss(self.outputs(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
+                        self.loss_of(model, inputs, targets).backward()  # type: ignore[no-untyped-call]
                         for parameter in model.parameters():  # Adam takes no sparse gradients
                             if parameter.grad is not None and parameter.grad.is_sparse:
                                 parameter.grad = parameter.grad.to_dense()

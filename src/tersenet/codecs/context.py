@@ -64,7 +64,7 @@ def _cells(width: int, kernel: tuple[int, int]) -> int:
 
 
 @functools.lru_cache(256)
-def _walk_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int, ...], int]:
+def walk_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int, ...], int]:
     """What the C core wants to know of an array, from its bytes on, and how much memory it needs for decoding it."""
     rows, width, kernel, places = walked(shape)
     room = 4 * (min(max(rows, 2), LANES) * width + 2 * (width + 1)) + _cells(width, kernel)
@@ -220,7 +220,7 @@ class Batch:
             return
         rows, begin, end, self.room = list[tuple[int, ...]](), 0, 0, 0
         for data, shape, dtype in coded:
-            walk, room = _walk_of(shape, dtype)
+            walk, room = walk_of(shape, dtype)
             rows.append((begin, len(data), end, *walk, 0))
             begin += len(data)
             end += (math.prod(shape) * dtype.itemsize + 7) // 8 * 8

@@ -43,7 +43,11 @@ def fraction(values: Array, bits: int) -> int:
     >>> fraction(np.array([0.9, -0.3]), 8), fraction(np.array([200.0]), 8)
     (7, -1)
     """
-    top = float(np.abs(values).max(initial=0))
+    return binary_point(float(np.abs(values).max(initial=0)), bits)
+
+
+def binary_point(top: float, bits: int) -> int:
+    """The same for values up to `top`."""
     return bits - 1 - (max(-100, math.ceil(math.log2(top))) if top > 0 else 0)
 
 

@@ -117,31 +117,49 @@ def shared(w: Array, codewords: Array, cuts: Array) -> Codebook:
 class KMeans:
     """At most 2^bits shared values; `weighted` counts errors by the Fisher information of weights, `stats["weights"]`.
 
-    Weights whose information is next to nothing count a thousandth of the mean.
+    Weights whose information is next to nothing count a thousandth of the mean. With `group` each so many output
+    channels, or the next smaller divisor, have values of their own. Their index is one array that begins anew with each
+    group: with 16 values for 8 channels ResNet-20 takes 0.2 % more bytes than with 16 for a layer; it would take 9 %
+    more if the index counted through all values, and 2 % more in arrays apart (`bench/results/codes.json`).
     """
 
     bits: int = 5
     start: str = "linear"
     seed: int = 0
     weighted: bool = False
+    group: int | None = None
     makes: ClassVar[tuple[type[Packed], ...]] = (Codebook,)
 
     def __post_init__(self) -> None:
         if self.start not in STARTS or not 1 <= self.bits <= 12:
             raise ValueError(f"KMeans takes 1 to 12 bits and a start among {', '.join(STARTS)}")
+        if self.group is not None and self.group < 1:
+            raise ValueError("KMeans takes a group of one output channel or more")
 
     @property
     def needs(self) -> tuple[str, ...]:
         return ("weights",) if self.weighted else ()
 
     def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Packed:
-        """A `Codebook` with ascending codewords [k, 1]."""
+        """A `Codebook` with ascending codewords [k, 1], or [groups, k, 1]."""
         w = np.asarray(w)
-        flat = w.reshape(-1).astype(np.float64)
-        weights = np.ones(flat.size)
+        weights = np.ones(w.shape)
         if self.weighted:
-            known = np.asarray(needed(self, "weights", stats), np.float64).reshape(-1)
+            known = np.asarray(needed(self, "weights", stats), np.float64).reshape(w.shape)
             weights = np.maximum(known, FAINT * known.mean()) if known.any() else weights
+        if self.group is None:
+            return self._shared(w, weights)
+        if w.ndim < 2:
+            raise ValueError(f"{self} finds no output channels here, as under a mask: leave the group out")
+        many = len(w) // max(n for n in range(1, self.group + 1) if len(w) % n == 0)
+        parts = [self._shared(*pair) for pair in zip(np.split(w, many), np.split(weights, many), strict=True)]
+        books = [np.asarray(part.codewords) for part in parts]
+        k = max(map(len, books))
+        codewords = [np.pad(book, ((0, k - len(book)), (0, 0)), "edge") for book in books]
+        return Codebook(np.concatenate([part.index for part in parts]), np.stack(codewords))
+
+    def _shared(self, w: Array, weights: Array) -> Codebook:
+        flat, weights = w.reshape(-1).astype(np.float64), weights.reshape(-1)
         order = np.argsort(flat, kind="stable")
         values, mass = flat[order], weights[order].astype(np.float64)
         distinct = np.unique(values)

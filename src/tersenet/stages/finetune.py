@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.func import functional_call
 
+from tersenet.activations import quantized
 from tersenet.checkpoint import Checkpoint, Place
 from tersenet.contract import DATA, Kind, check
 from tersenet.data import Stream, split_of
@@ -22,7 +23,8 @@ from tersenet.draft import Draft
 from tersenet.norms import folded_norms
 from tersenet.packed import Uniform
 from tersenet.stages.network import Levels, Network, Partly, Shared
-from tersenet.task import Schedule, Task, Teacher, duplicate, one_thread, progress
+from tersenet.task import Schedule, Task, duplicate, one_thread, progress
+from tersenet.teacher import Teacher
 
 
 def tune(
@@ -59,7 +61,7 @@ def trained(network: Network, task: Task, schedule: Schedule, epochs: range, see
     held = folded_norms(before.tensors)
     with one_thread():
         optimizer = schedule.optimizer(network.leaves)
-        whole = _Whole(duplicate(before.model).to(task.device).train(), task)
+        whole = _Whole(quantized(before.model, before.activations).to(task.device).train(), task)
         for name, layer in whole.model.named_modules():
             # Folded norms have no statistics to follow, nor have those of a network whose weights are levels, nor those
             # that are not trained.
@@ -89,9 +91,8 @@ def trained(network: Network, task: Task, schedule: Schedule, epochs: range, see
                         continue
                     optimizer.zero_grad(set_to_none=True)
                     state = {f"model.{name}": value for name, value in network.state().items()}
-                    outputs = functional_call(whole, state, (inputs,), tie_weights=False)
-                    loss = task.loss_of(outputs, inputs, targets)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss = functional_call(whole, state, (inputs, targets), tie_weights=False)
+                    loss.backward()
                     optimizer.step()
                     network.follow({name.removeprefix("model."): value for name, value in state.items()})
                     place = Place(epoch, number, place.total + loss.item(), loss.item())
@@ -109,14 +110,14 @@ def trained(network: Network, task: Task, schedule: Schedule, epochs: range, see
 
 
 class _Whole(nn.Module):
-    """The network as the task calls it."""
+    """The network as the task trains it."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
         self.model, self.task = model, task
 
-    def forward(self, inputs: Any) -> Any:
-        return self.task.outputs(self.model, inputs)
+    def forward(self, inputs: Any, targets: Any) -> Any:
+        return self.task.loss_of(self.model, inputs, targets)
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class Finetune:
 class Distill:
     """Train what the trees leave free towards the task's teacher or, where it has none, the network before compression.
 
+    The temperature and mix are these, whatever the teacher's own; features and the rest are the teacher's.
     The gradient of a codeword is the mean of its members', so that a rate serves clusters of any size.
     """
 
@@ -165,8 +167,8 @@ class Distill:
 
     def tuned(self, draft: Draft, task: Task, label: str) -> Draft:
         """The draft with what is trainable of it trained."""
-        models = (duplicate(task.model).eval(),) if task.teacher is None else task.teacher.models
-        taught = replace(task, teacher=Teacher(models, self.temperature, self.mix))
+        teacher = task.teacher or Teacher((duplicate(task.model).eval(),))
+        taught = replace(task, teacher=replace(teacher, temperature=self.temperature, mix=self.mix))
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=self.lr, drops=(0.5,), weight_decay=0.0)
         return tune(draft, taught, schedule, range(self.epochs), self.seed, label, mean=True)
 

@@ -188,12 +188,12 @@ class Shared(Network):
     def _tree(self, tree: Tree) -> Tree:
         made = super()._tree(tree)
         if isinstance(made, Codebook) and not isinstance(made.codewords, Packed):
-            counts = self.counts.setdefault(id(made.codewords), [])
+            counts, axes = self.counts.setdefault(id(made.codewords), []), made.codewords.shape[:-1]
             if not counts:
                 made.codewords.register_hook(
-                    lambda gradient: gradient / torch.stack(counts).sum(0).clamp(min=1)[:, None]
+                    lambda gradient: gradient / torch.stack(counts).sum(0).clamp(min=1)[..., None]
                 )
-            counts.append(torch.bincount(made.index.reshape(-1).long(), minlength=len(made.codewords)))
+            counts.append(torch.bincount(made.numbers().reshape(-1), minlength=axes.numel()).reshape(axes))
         return made
 
 

@@ -91,13 +91,21 @@ class Use:
 
 
 class Watch(TorchFunctionMode):
-    """Records the uses of a module's parameters in `uses`, in the order of the calls, and keeps gradients flowing."""
+    """Records the uses of a module's parameters in `uses`, in the order of the calls, and keeps gradients flowing.
+
+    Parameters of the module that lie otherwise in memory, as channels last, are laid in C order, but for views of
+    others.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.uses: list[Use] = []
         held: dict[int, tuple[str, Tensor]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter.numel() and parameter.is_contiguous():
+        named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.numel()]
+        plain = {p.data_ptr() for _, p in named if p.is_contiguous()}
+        for name, parameter in named:
+            if not parameter.is_contiguous() and parameter.data_ptr() not in plain:
+                parameter.data = parameter.data.contiguous()
+            if parameter.is_contiguous():
                 held.setdefault(parameter.data_ptr(), (name, parameter))
         self.held = sorted(held.items())
         self.begins = [begin for begin, _ in self.held]

@@ -198,6 +198,8 @@ def _mixed(
     waterfilling: Waterfilling, c: float, rate: float, search: Search, methods: Sequence[Method]
 ) -> tuple[Draft, int, float]:
     offers = candidates(waterfilling, c, rate, methods, search.coding)
+    for name, offer in offers.items():
+        search.journal.write(layer=name, offers=[[one.nbytes, one.packing.cost] for one in offer])
     errors = ERROR * len({id(waterfilling.draft.tensors[name]) for name in waterfilling.draft.trainable})
     draft, size = allocated(waterfilling, offers, c, search.most - errors, search.coding)
     return draft, size + errors, c
@@ -266,9 +268,12 @@ def to_drop(knowledge: Knowledge, points: float, task: Task, coding: Coding | No
     found = search.once("sensitivities", lambda: dict(with_sensitivities(knowledge, first, begun[1]).sensitivity))
     knowledge = replace(knowledge, sensitivity=found)
     tried = progress(DAMPINGS, "quantizing", len(DAMPINGS))
-    coarse = [begun, *(coarsest(Waterfilling.of(knowledge, damping), f"rows {damping.rows}") for damping in tried)]
-    drafts = [one[0] for one in coarse if one] + [without_loss(knowledge)]
-    return min(drafts, key=lambda draft: artifact_of(draft, coding or QUICK).nbytes)
+    rows = {f"rows {d.rows}": coarsest(Waterfilling.of(knowledge, d), f"rows {d.rows}") for d in tried}
+    coarse = {f"{name}, c {one[1]:.4g}": one[0] for name, one in ({"first": begun} | rows).items() if one}
+    drafts = coarse | {"without loss": without_loss(knowledge)}
+    chosen = min(drafts, key=lambda label: artifact_of(drafts[label], coding or QUICK).nbytes)
+    journal.write(chosen=chosen)
+    return drafts[chosen]
 
 
 def _coarsest(

@@ -1,0 +1,44 @@
+"""What commands read and write: refused before any work where it cannot be, and named where it is bad."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tersenet.codecs import FormatError
+
+
+def check_output(output: Path, *inputs: Path | None) -> None:
+    """Refuse before any work what could not be written in the end, or would replace what was read."""
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"{output.parent}: no such folder to write to")
+    if output.exists() and not output.is_file():
+        raise ValueError(f"{output}: is there and is no file; give another name")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: you may not write to this folder; give another one with -o")
+    if output.exists() and any(path and path.exists() and output.samefile(path) for path in inputs):
+        raise ValueError(f"{output}: is what is read; give another name with -o")
+
+
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Name the file that is bad."""
+    try:
+        yield
+    except FormatError as wrong:
+        raise FormatError(f"{path}: {wrong}") from None
+
+
+@contextlib.contextmanager
+def running(path: Path | None) -> Iterator[Any]:
+    """The task of the user's file, None without one; what its code raises is told with its line."""
+    if path is None:
+        yield None
+        return
+    from tersenet.task_file import blamed, task_of
+
+    job = task_of(path)
+    with blamed(path):
+        yield job

@@ -1,0 +1,1 @@
+"""Networks that run from their packed weights: forms that a processor multiplies with, and modules of torch."""

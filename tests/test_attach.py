@@ -1,0 +1,266 @@
+"""Networks that run on packed weights say what the dense ones say, wherever a module of torch is put."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import fresh_process
+from torch import nn
+
+from tersenet import native
+from tersenet.artifact import Artifact, Tensor, load
+from tersenet.packed import Codebook, Sparse, Uniform
+from tersenet.runtime import kernels
+from tersenet.runtime.attaching import attached
+from tersenet.runtime.modules import PackedConv2d, PackedEmbedding, PackedLinear, PackedRecurrent, PackedWeight
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C core was built")
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch):
+    """A form for every tree that has one, however small the layer is."""
+    monkeypatch.setattr(kernels, "CALL", dict.fromkeys(kernels.CALL, 0.0))
+    monkeypatch.setattr(kernels, "MANY", 1e6)
+    monkeypatch.setattr(kernels, "IMAGE", 1.0)
+    monkeypatch.setattr(kernels, "ROW", 0)
+
+
+def sparse(value):
+    rng = np.random.default_rng(value.numel())
+    mask = rng.random(value.shape) < 0.3
+    return Sparse(mask, value.numpy()[mask])
+
+
+def levels(value):
+    scale = value.abs().amax(tuple(range(1, value.dim())), keepdim=True) / 7
+    return Uniform((value / scale).round().numpy().astype(np.int8), scale.numpy())
+
+
+def shared(value):
+    rng = np.random.default_rng(value.numel())
+    return Codebook(rng.integers(0, 20, value.shape).astype(np.uint8), rng.normal(0, 0.3, (20, 1)).astype(np.float32))
+
+
+def stored(model, pack):
+    """A file of the model with trees of `pack` for all weights."""
+    tensors = {}
+    for name, value in model.state_dict().items():
+        weight = value.dim() > 1 and value.is_floating_point()
+        kind = str(value.dtype).removeprefix("torch.")
+        tensors[name] = Tensor(pack(value) if weight else value.numpy().copy(), kind)
+    return load(Artifact(tensors).to_bytes())
+
+
+class Mixed(nn.Module):
+    """A layer of every kind, one of them twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.near, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.far = nn.Conv2d(16, 32, 5, stride=2, padding=(2, 1), dilation=(1, 2))
+        self.flat = nn.Conv2d(32, 8, (1, 3), stride=(1, 3), padding="valid", bias=False)
+        self.square = nn.Conv2d(8, 8, 3, padding="same")
+        self.lstm = nn.LSTM(8, 12, 2, batch_first=True, bidirectional=True)
+        self.gru, self.table = nn.GRU(24, 10, bias=False, batch_first=True), nn.Embedding(50, 10)
+        self.first, self.last = nn.Linear(10, 10), nn.Linear(10, 7, bias=False)
+        self.again = self.first
+
+    def forward(self, x, ids):
+        x = self.square(self.flat(self.far(self.norm(self.near(x).relu()))))
+        x, _ = self.lstm(x.flatten(2).transpose(1, 2))
+        x, _ = self.gru(x)
+        return self.last(self.again(self.first(x + self.table(ids)[:, :1]).relu()))
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    return Mixed().eval(), (torch.randn(3, 3, 24, 21), torch.randint(0, 50, (3, 4)))
+
+
+def close(found, expected, part=1e-5):
+    return float((found - expected).abs().max()) <= part * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("pack", [sparse, levels, shared])
+def test_an_attached_network_says_what_the_dense_one_says(pack, case):
+    model, inputs = case
+    artifact = stored(model, pack)
+    dense, packed = artifact.into(copy.deepcopy(model)), artifact.attach(copy.deepcopy(model))
+    kinds = {type(layer) for layer in packed.modules()}
+    assert PackedLinear in kinds and PackedRecurrent in kinds
+    assert PackedConv2d in kinds and (PackedEmbedding in kinds) == (pack is not sparse)
+    assert packed.again is packed.first
+    with torch.no_grad():
+        assert close(packed(*inputs), dense(*inputs))
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(packed(*inputs), packed(*inputs))
+
+
+def test_it_can_be_copied_pickled_saved_and_printed(case):
+    model, inputs = case
+    packed = stored(model, levels).attach(copy.deepcopy(model))
+    expected = packed(*inputs)
+    file = io.BytesIO()
+    torch.save(packed, file)
+    file.seek(0)
+    others = [copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), torch.load(file, weights_only=False)]
+    assert all(torch.equal(other(*inputs), expected) for other in others)
+    other = copy.deepcopy(packed)
+    for buffer in other.buffers():
+        buffer.zero_()
+    other.load_state_dict(packed.state_dict())
+    assert torch.equal(other(*inputs), expected)
+    assert "(first): PackedLinear(" in str(packed) and "4-bit levels times inputs of 24 bits" in str(packed)
+
+
+def test_it_can_be_exported(case):
+    model, inputs = case
+    for pack in (sparse, levels):
+        packed = stored(model, pack).attach(copy.deepcopy(model))
+        batch = torch.export.Dim("batch", min=2, max=64)
+        shapes = ({0: batch}, {0: batch})
+        exported = torch.export.export(packed, inputs, dynamic_shapes=shapes).module()
+        more = torch.randn(5, 3, 24, 21), torch.randint(0, 50, (5, 4))
+        assert torch.equal(exported(*inputs), packed(*inputs)) and torch.equal(exported(*more), packed(*more))
+
+
+def test_it_can_be_compiled(case):
+    model, inputs = case
+    packed = stored(model, sparse).attach(copy.deepcopy(model))
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert close(compiled(*inputs), packed(*inputs))
+
+
+def test_operators_are_as_torch_asks_of_them(case):
+    model, _ = case
+    packed = stored(model, sparse).attach(copy.deepcopy(model))
+    layer = packed.far.packed
+    x = torch.randn(2, 16, 13, 17)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.tersenet.convolution.default, (x, layer.parts(), layer.spec, packed.far.geometry), test_utils=checks
+    )
+    layer = packed.first.packed
+    args = (torch.randn(2, 5, 10), layer.parts(), layer.spec, layer.rows)
+    torch.library.opcheck(torch.ops.tersenet.product.default, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
+def test_states_of_recurrent_layers_go_in_and_come_out(kind, settings):
+    layer = kind(6, 5, **settings)
+    artifact = stored(layer, levels)
+    dense, packed = artifact.into(copy.deepcopy(layer)), artifact.attach(copy.deepcopy(layer))
+    assert isinstance(packed, PackedRecurrent)
+    many = dense.num_layers * (1 + dense.bidirectional)
+    for x, shape in ((torch.randn(4, 4, 6), (many, 4, 5)), (torch.randn(7, 6), (many, 5))):
+        state = torch.randn(shape), torch.randn(shape)
+        for given in (None, state if kind is nn.LSTM else state[0]):
+            (y, ends), (expected, last) = packed(x, given), dense(x, given)
+            assert torch.allclose(y, expected, atol=1e-5)
+            pairs = zip(ends, last, strict=True) if kind is nn.LSTM else [(ends, last)]
+            assert all(torch.allclose(a, b, atol=1e-5) and a.shape == b.shape for a, b in pairs)
+
+
+def test_inputs_that_do_not_fit_are_refused(case):
+    model, (images, ids) = case
+    packed = stored(model, sparse).attach(model)
+    with pytest.raises(ValueError, match=r"float32 \[..., 10\], not torch.float32 \[2, 9\]"):
+        packed.first(torch.randn(2, 9))
+    with pytest.raises(ValueError, match="float64"):
+        packed.first(torch.randn(2, 10).double())
+    with pytest.raises(ValueError, match=r"float32 images of 3 channels, not torch.float32 \[1, 4"):
+        packed.near(torch.randn(1, 4, 9, 9))
+    with pytest.raises(TypeError, match="no PackedSequence"):
+        packed.lstm(nn.utils.rnn.pack_sequence([torch.randn(3, 8)]))
+    with pytest.raises(RuntimeError, match="CPU in float32"):
+        packed.double()(images, ids)
+
+
+def test_no_gradient_is_lost_in_silence(case):
+    model, (images, ids) = case
+    packed = stored(model, sparse).attach(model)
+    assert not any(p.requires_grad for p in packed.parameters())
+    y = packed(images.requires_grad_(), ids)
+    with pytest.raises(RuntimeError, match="autograd"):
+        y.sum().backward()
+
+
+def test_files_of_other_networks_are_refused(case):
+    model, _ = case
+    artifact = stored(model, sparse)
+    with pytest.raises(RuntimeError, match=r"again.bias: only the file has it"):
+        artifact.attach(nn.Sequential())
+    other = copy.deepcopy(model)
+    other.first = other.again = nn.Linear(10, 9)
+    with pytest.raises(RuntimeError, match=r"(first|again).*(10, 10|\[10\])"):
+        artifact.attach(other)
+
+
+def test_layers_that_their_parent_reads_or_that_have_hooks_stay_as_they_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8), nn.Linear(8, 8)
+    ).eval()
+    seen = []
+    model[1].register_forward_hook(lambda *_: seen.append(1))
+    artifact = stored(model, levels)
+    dense = artifact.into(copy.deepcopy(model))
+    packed, why = attached(model, artifact.tensors)
+    assert {name for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)} == {"2"}
+    assert "its parent reads its weight" in why["0.linear1"] and "hooks" in why["1"]
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        assert close(packed(x), dense(x)) and seen
+
+
+def test_one_layer_can_be_the_network():
+    layer = nn.Linear(30, 20)
+    artifact = stored(layer, levels)
+    packed = artifact.attach(nn.Linear(30, 20))
+    assert isinstance(packed.packed, PackedWeight)
+    x = torch.randn(30)
+    assert close(packed(x), artifact.into(layer)(x).detach())
+
+
+def test_forked_processes_have_threads_of_their_own():
+    script = (
+        "import os, sys\n"
+        "import numpy as np\n"
+        "from tersenet.runtime.forms import shared\n"
+        "found = []\n"
+        "shared(lambda a, b: found.append((a, b)), 10, 3)\n"
+        "child = os.fork()\n"
+        "shared(lambda a, b: found.append((a, b)), 10, 3)\n"
+        "print(sorted(found) == sorted(2 * [(0, 3), (3, 6), (6, 10)]), flush=True)\n"
+        "if child: sys.exit(os.waitpid(child, 0)[1])\n"
+    )
+    assert fresh_process(script).split() == ["True", "True"]
+
+
+def test_bench_prints_what_each_network_takes_and_a_sentence_for_each_layer(tmp_path, case, capsys):
+    from tersenet.cli import main
+
+    (tmp_path / "task.py").write_text(
+        "import torch, tersenet as tn\n"
+        "from torch import nn\n"
+        "def task():\n"
+        "    torch.manual_seed(0)\n"
+        "    data = torch.randn(80, 30), torch.randint(0, 9, (80,))\n"
+        "    return tn.Task(nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 9)), train=data, test=data)\n"
+    )
+    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 9))
+    stored(model, levels).save(tmp_path / "net.terse")
+    main(["bench", str(tmp_path / "net.terse"), "--task", str(tmp_path / "task.py")])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[1:9]]
+    assert [row[0] for row in rows] == 4 * ["1"] + 4 * ["32"]
+    assert all(float(row[-1]) < (1e-4 if "packed" in row and "inputs" not in row else 0.1) for row in rows)
+    assert sum(line.startswith(("0: 4-bit levels", "2: 4-bit levels")) for line in lines) == 4
