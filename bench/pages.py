@@ -46,9 +46,15 @@ FIELDS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("norms_again", "before tuning, norms taken again", percent),
     ("tuned", "tuned (float)", percent),
     ("accuracy", "accuracy (float)", percent),
+    ("errors", "errors of 10,000", str),
+    ("threes_wrong", "of 1,010 threes", str),
+    ("greedy_bleu", "BLEU, greedy", str),
+    ("greedy_bleu_any", "any, greedy", str),
+    ("beam5_bleu", "BLEU, beam of 5", str),
+    ("beam5_bleu_any", "any, beam of 5", str),
     ("epochs", "epochs", str),
     ("milliseconds", "ms an image", str),
-    ("seconds", "seconds", "{:,}".format),
+    ("seconds", "seconds", lambda value: f"{round(value, 1):,}"),
 ]
 
 

@@ -21,11 +21,13 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MADE = DOCS / "api.md"  # by bench/api.py
 PAPERS = (
-    "3lc amc bit-goes-down compact-filters context-coding cp deep-compression enc exact-obs fixed-point hashed-nets inq"
-    " lottery-ticket lr-rewinding lsq mixed mlprune mlq output-aware slq soft-targets sparsegpt tensor-train"
-    " transform-coding tucker-vbmf universal weightless"
+    "3lc amc bit-goes-down compact-filters context-coding cp deep-compression dkm enc exact-obs fixed-point hashed-nets"
+    " inq lottery-ticket low-precision lr-rewinding lsq mixed mlprune mlq output-aware sequence-level slq soft-targets"
+    " sparsegpt tensor-train transform-coding tucker-vbmf universal weightless"
 )
-OTHERS = "404 api architecture choose contributing format index notes papers results security traffic"
+OTHERS = (
+    "404 api architecture choose contributing format index information notes papers reports results security traffic"
+)
 BUILT = {f"{name}.html" for name in (*OTHERS.split(), *(f"papers/{paper}" for paper in PAPERS.split()))}
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md")) if path != MADE}
 SOURCES |= {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
