@@ -228,6 +228,8 @@ import torch
 torch.set_num_threads(1)
 sys.path[:0] = sys.argv[1:3]
 import runtime
+import tersenet.runtime.attaching
+from tersenet import load
 name, way, path = sys.argv[3:]
 model, inputs = runtime.module_of(name), runtime.inputs_of(name, 1)
 def held():
@@ -236,7 +238,6 @@ before, begun = held(), time.perf_counter()
 if way == "torch.load":
     model.load_state_dict(torch.load(path))
 else:
-    from tersenet import load
     artifact = load(path)
     model = artifact.attach(model) if way == "attach" else artifact.into(model)
 loaded = time.perf_counter() - begun
@@ -249,7 +250,11 @@ print(loaded, first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 -
 
 def module_of(name: str) -> nn.Module:
     if name == "deep_compression_squeezenet":
-        return squeezenet().eval()
+        sys.path.insert(0, str(DATA))
+        from published import DeepCompressionSqueezeNet
+
+        network: nn.Module = DeepCompressionSqueezeNet()
+        return network.eval()
     _, models = real_data()
     model: nn.Module = models.load(name)
     return model.eval()
@@ -270,6 +275,12 @@ def pruned(model: nn.Module, part: float) -> Artifact:
     return Artifact(tensors)
 
 
+def published() -> Artifact:
+    """Deep Compression's own SqueezeNet, with the module's names."""
+    artifact = deep_compression((DATA / "models" / "deep_compression_squeezenet.net").read_bytes(), squeezenet())
+    return Artifact({"_".join(n.split(".")[:-1]) + n[n.rindex(".") :]: t for n, t in artifact.tensors.items()})
+
+
 def networks(rounds: int) -> list[dict[str, Any]]:
     """Whole networks from their files: pruned LeNets, published ones, and by the default path at four bits a weight."""
     from tersenet import Budget, compress
@@ -279,9 +290,7 @@ def networks(rounds: int) -> list[dict[str, Any]]:
     made: dict[str, Callable[[], Artifact]] = {
         "lenet300": lambda: pruned(module_of("lenet300"), 0.08),
         "lenet5": lambda: pruned(module_of("lenet5"), 0.08),
-        "deep_compression_squeezenet": lambda: deep_compression(
-            (DATA / "models" / "deep_compression_squeezenet.net").read_bytes(), squeezenet()
-        ),
+        "deep_compression_squeezenet": published,
         **{
             name: functools.partial(
                 lambda name: compress(dict(module_of(name).state_dict()), budget=Budget(ratio=8)).artifact, name

@@ -25,7 +25,7 @@ def forced(monkeypatch):
     """A form for every tree that has one, however small the layer is."""
     monkeypatch.setattr(kernels, "CALL", dict.fromkeys(kernels.CALL, 0.0))
     monkeypatch.setattr(kernels, "MANY", 1e6)
-    monkeypatch.setattr(kernels, "IMAGE", 1.0)
+    monkeypatch.setattr(kernels, "IMAGE", 9.0)
     monkeypatch.setattr(kernels, "ROW", 0)
 
 

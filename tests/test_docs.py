@@ -25,9 +25,7 @@ PAPERS = (
     " inq lottery-ticket low-precision lr-rewinding lsq mixed mlprune mlq output-aware sequence-level slq soft-targets"
     " sparsegpt tensor-train transform-coding tucker-vbmf universal weightless"
 )
-OTHERS = (
-    "404 api architecture choose contributing format index information notes papers reports results security traffic"
-)
+OTHERS = "404 api architecture choose contributing format index information notes papers reports results runtime security traffic"
 BUILT = {f"{name}.html" for name in (*OTHERS.split(), *(f"papers/{paper}" for paper in PAPERS.split()))}
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md")) if path != MADE}
 SOURCES |= {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}

@@ -45,15 +45,17 @@ FEW_LEVELS = 0.05  # and faster than levels
 OUTSIDE = 1 / 64  # part of the levels that may lie outside of fewer bits, and are then added as sparse rows
 IN_CACHE = 8 << 20  # bytes of weights up to which they are taken to come from a cache
 # Nanoseconds on one core, measured with bench/runtime.py on an AVX-512 machine with VNNI (Zen 4).
-CALL = {Dense: 6e3, SparseRows: 12e3, MaskedRows: 15e3, Levels: 25e3, Codes: 15e3, Vectors: 15e3}
+CALL = {Dense: 6e3, SparseRows: 38e3, MaskedRows: 40e3, Levels: 50e3, Codes: 40e3, Vectors: 40e3}
 MEMORY = 0.04  # a byte that comes from memory
-CACHED = 0.012  # from a cache
-MANY = 0.033  # a dense weight times one more of many inputs
+CACHED = 0.018  # from a cache
+MANY = 0.026  # a dense weight times one more of many inputs
 IMAGE, ROW = 0.25, 12  # of a sparse convolution: the most that is not zero, and the least numbers of a channel
 LEVEL = {8: 0.014, 4: 0.013, 2: 0.009}  # a level taken apart
 DIGIT = 0.006  # a level times a digit
 SPLIT = 1.5  # an input taken apart into digits
 NUMBER = 0.3  # a sparse number times one input
+# How many times as long it takes in plain C, and with AVX2; of sparse rows, with many inputs.
+SLOWER = {Levels: (45, 3, 1), Codes: (20, 20, 1), MaskedRows: (26, 26, 1), SparseRows: (3, 3, 1)}
 LOOKED_UP = 0.35  # a place of a table of products
 
 
@@ -135,6 +137,8 @@ def nanoseconds(form: Form, batch: int) -> float:
         assert isinstance(form, Vectors)
         d, size = form.book.shape
         work = batch * (form.index.size * LOOKED_UP + form.blocks * d * size * 0.06)
+    if not isinstance(form, SparseRows) or batch > FEW:
+        work *= SLOWER.get(type(form), (1, 1, 1))[native.simd()]
     return CALL[type(form)] + max(read, work)
 
 
@@ -357,7 +361,7 @@ def convolution(tree: Tree) -> Choice:
     part = np.count_nonzero(weight) / max(1, weight.size)
     if native.library() is None or not 0 < weight.shape[1] <= 1 << 16:
         return Choice(None, "dense: nothing multiplies packed weights here")
-    if part > IMAGE:
+    if part > IMAGE / SLOWER[SparseRows][native.simd()]:
         return Choice(None, f"dense: {part:.1%} of its weights are not zero, too many for a sparse convolution")
     if part * weight.shape[1] < ROW:
         return Choice(None, "dense: its output channels have too few weights each for a sparse convolution")

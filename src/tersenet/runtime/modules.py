@@ -63,8 +63,11 @@ def threads() -> int:
     return max(1, min(torch.get_num_threads(), cores.usable()))
 
 
-def _multiplied(x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
-    form = put_together([part.numpy() for part in parts], json.loads(spec))
+def _form(parts: list[Tensor], spec: str) -> Form:
+    return put_together([part.numpy() for part in parts], json.loads(spec))
+
+
+def _multiplied(x: Tensor, form: Form) -> Tensor:
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
     return torch.from_numpy(form.product(rows, threads()))
 
@@ -72,7 +75,7 @@ def _multiplied(x: Tensor, parts: list[Tensor], spec: str) -> Tensor:
 @torch.library.custom_op("tersenet::product", mutates_args=())
 def product(x: Tensor, parts: list[Tensor], spec: str, rows: int) -> Tensor:
     """x W^T of a packed weight."""
-    return _multiplied(x, parts, spec).reshape(*x.shape[:-1], rows)
+    return _multiplied(x, _form(parts, spec)).reshape(*x.shape[:-1], rows)
 
 
 @product.register_fake
@@ -87,20 +90,29 @@ class PackedWeight(nn.Module):
         super().__init__()
         arrays, spec = taken_apart(form)
         self.rows, self.columns, self.why, self.spec = rows, columns, why, json.dumps(spec)
+        self._made: tuple[list[int], Any] = [], None
         for k, array in enumerate(arrays):
             held = np.require(array, requirements=["C", "W"]).view(SIGNED.get(str(array.dtype), array.dtype))
             self.register_buffer(f"part{k}", torch.from_numpy(held))
 
     def parts(self) -> list[Tensor]:
         """The arrays of the form, as they must be."""
-        found = list(self.buffers())
-        if any(
-            part.device.type != "cpu" or part.dtype in (torch.float16, torch.bfloat16, torch.float64) for part in found
-        ):
-            raise RuntimeError(
-                "a packed weight runs on the CPU in float32; Artifact.into gives a module that goes elsewhere"
-            )
-        return found
+        found: Any = list(self._buffers.values())
+        if any(part.device.type != "cpu" or part.dtype in ELSEWHERE for part in found):
+            raise RuntimeError("a packed weight runs on the CPU in float32; use Artifact.into for a module that moves")
+        return found  # type: ignore[no-any-return]
+
+    def form(self) -> Form:
+        """The form, which is put together once for the buffers that lie where they lie."""
+        parts = self.parts()
+        where = [part.data_ptr() for part in parts]
+        if where != self._made[0]:
+            self._made = where, _form(parts, self.spec)
+        form: Form = self._made[1]
+        return form
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": ([], None)}
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T for [..., columns]."""
@@ -108,8 +120,7 @@ class PackedWeight(nn.Module):
             raise ValueError(f"a packed weight takes float32 [..., {self.columns}], not {x.dtype} {list(x.shape)}")
         if by_operator(x):
             return product(x, self.parts(), self.spec, self.rows)  # type: ignore[no-any-return]
-        found: Tensor = _multiplied(x, self.parts(), self.spec)
-        return found.reshape(*x.shape[:-1], self.rows)
+        return _multiplied(x, self.form()).reshape(*x.shape[:-1], self.rows)
 
     def extra_repr(self) -> str:
         return self.why
@@ -150,8 +161,10 @@ class PackedConv2d(nn.Module):
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels or x.dtype != torch.float32:
             raise ValueError(f"this takes float32 images of {self.in_channels} channels, not {x.dtype} {list(x.shape)}")
         images = x if x.dim() == 4 else x[None]
-        call = convolution if by_operator(x) else _convolved
-        y: Tensor = call(images, self.packed.parts(), self.packed.spec, self.geometry)
+        if by_operator(x):
+            y: Tensor = convolution(images, self.packed.parts(), self.packed.spec, self.geometry)
+        else:
+            y = _convolved(images, self.packed.form(), self.geometry)
         if self.bias is not None:
             y = y + self.bias[:, None, None]
         return y if x.dim() == 4 else y[0]
@@ -160,8 +173,7 @@ class PackedConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}"
 
 
-def _convolved(x: Tensor, parts: list[Tensor], spec: str, geometry: list[int]) -> Tensor:
-    form = put_together([part.numpy() for part in parts], json.loads(spec))
+def _convolved(x: Tensor, form: Form, geometry: list[int]) -> Tensor:
     assert isinstance(form, SparseRows)
     image = x.detach().numpy()
     return torch.from_numpy(convolved(form, image, _sides(geometry), threads()))
@@ -175,7 +187,7 @@ def _sides(geometry: list[int]) -> tuple[Side, Side]:
 @torch.library.custom_op("tersenet::convolution", mutates_args=())
 def convolution(x: Tensor, parts: list[Tensor], spec: str, geometry: list[int]) -> Tensor:
     """A convolution [n, channels, height, width] with a sparse weight, without a bias."""
-    return _convolved(x, parts, spec, geometry)
+    return _convolved(x, _form(parts, spec), geometry)
 
 
 @convolution.register_fake
