@@ -32,6 +32,7 @@ REACHED = ("accuracy", "tuned")  # the network's own accuracy, "reference", is w
 FIELDS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("network", "network", str),
     ("method", "method", str),
+    ("dithered", "dithered", lambda value: "yes" if value else "no"),
     ("weighted", "metric of the data", lambda value: "yes" if value else "no"),
     ("density", "weights left", percent),
     ("density_of_levels", "levels left", percent),
