@@ -25,7 +25,10 @@ PAPERS = (
     " inq lottery-ticket low-precision lr-rewinding lsq mixed mlprune mlq output-aware sequence-level slq soft-targets"
     " sparsegpt tensor-train transform-coding tucker-vbmf universal weightless"
 )
-OTHERS = "404 api architecture choose contributing format index information notes papers reports results runtime security traffic"
+OTHERS = (
+    "404 api architecture choose contributing format index information notes papers reports results runtime security"
+    " traffic"
+)
 BUILT = {f"{name}.html" for name in (*OTHERS.split(), *(f"papers/{paper}" for paper in PAPERS.split()))}
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md")) if path != MADE}
 SOURCES |= {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
@@ -161,8 +164,18 @@ def test_every_block_of_python_on_the_pages_of_papers_runs(tmp_path):
     fresh_process(f"import os; os.chdir({str(tmp_path)!r})\n{TASK}{script}", **WORKER)
 
 
+def test_the_python_of_running_packed_weights_runs(tmp_path):
+    (script,) = (text for language, text in blocks("docs/runtime.md") if language == "python")
+    before = "def Net():\n    return torch.nn.Linear(2000, 2000)\n"
+    before += "import tersenet as tn\ntn.compress(dict(Net().state_dict()), budget=tn.Budget(ratio=8))"
+    before += ".artifact.save('net.terse')\n"
+    after = "x = torch.randn(1, 2000)\nassert torch.allclose(packed.eval()(x), dense.eval()(x), atol=1e-4)\n"
+    fresh_process(f"import os; os.chdir({str(tmp_path)!r})\nimport torch\n{before}{script}{after}")
+
+
 def test_no_other_page_has_python_that_is_not_run():
-    run = {"docs/index.md", "docs/choose.md", "docs/traffic.md", "README.md"}  # the README's by test_readme.py
+    run = {"docs/index.md", "docs/choose.md", "docs/traffic.md", "docs/runtime.md"}
+    run |= {"README.md", "docs/information.md"}  # by test_readme.py and test_information.py
     assert not [n for n in SOURCES if n not in run and "/papers/" not in n and any(b[0] == "python" for b in blocks(n))]
 
 
