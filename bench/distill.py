@@ -4,8 +4,9 @@ Run: make bench NAME=distill (or: python bench/distill.py [PART ...]), with part
 run again are kept. Seconds are of CPU time, of the training alone; no setting was chosen on test data.
 
 mnist: two hidden layers of 1,200 with dropout and images shifted by up to two pixels teach two of 800, whose images are
-not shifted, at temperature 20 with a part of 0.7. Students are trained by Adam, which was best for them of some schedules
-tried on other training images; without a teacher SGD was best ("small, as students" has Adam too). The omitted digit:
+not shifted, at temperature 20 with a part of 0.7. Students are trained by Adam, which was best for them of some
+schedules tried on other training images; without a teacher SGD was best ("small, as students" has Adam too). The
+omitted digit:
 soft targets alone, no 3 among the images; then the bias of the class 3 is raised by what makes the fewest errors on
 CHECKED training images of all digits.
 cifar10: the given ResNet-56 teaches on the first IMAGES training images, scored on the first SCORED test images.

@@ -4,7 +4,7 @@
 #include <string.h>
 
 /* Rows of numbers that are not zero. For one input each looks up what it multiplies; for many inputs, or places of an image,
- * each is multiplied by a window of them, whose sums are in registers. Columns have 16 bits, so that positions take no more than half of a float. */
+ * each is multiplied by a window of them, whose sums are in registers. Columns have 16 bits, half of a float. */
 
 #if defined(__x86_64__) && defined(VECTORS)
 #define X86 1

@@ -289,3 +289,23 @@ def test_products_need_no_torch():
         "print(int(form.product(np.ones((1, 2000), np.float32)).sum()) == mask.sum())\n"
     )
     assert fresh_process(script).strip() == "True"
+
+
+def test_inputs_of_other_shapes_are_refused_and_of_other_types_converted(path):
+    rng = np.random.default_rng(0)
+    mask, q = rng.random((9, 20)) < 0.5, rng.integers(0, 9, (9, 20))
+    weight = np.where(mask, q, 0).astype(np.float32)
+    whole = levels(q * mask, np.ones((9, 1), np.float32), 0, None, 3)
+    for form in (sparse_rows(mask, weight[mask]), masked_rows(mask, weight[mask]), whole):
+        with pytest.raises(ValueError, match=r"\[count, 20\], not \[2, 19\]"):
+            form.product(inputs(2, 19))
+        x = np.asfortranarray(inputs(3, 40).astype(np.float64))[:, ::2]
+        assert np.allclose(form.product(x), x @ weight.T, rtol=1e-5, atol=1e-4)
+
+
+def test_many_inputs_go_in_parts(monkeypatch):
+    tree = sparse(np.random.default_rng(0), 9, 20, 0.5)
+    monkeypatch.setattr(forms, "MOST", 7)
+    form = sparse_rows(tree.mask, tree.values)
+    for count in (7, 8, 21, 23):
+        assert np.allclose(form.product(inputs(count, 20)), inputs(count, 20) @ tree.unpack().T, rtol=1e-5, atol=1e-5)

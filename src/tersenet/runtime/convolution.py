@@ -33,11 +33,19 @@ def convolved(form: SparseRows, images: Array, sides: tuple[Side, Side], threads
     """
     count, channels, height, width = images.shape
     (down, across), rows = sides, len(form.starts) - 1
+    if channels * down.kernel * across.kernel != form.width:
+        raise ValueError(
+            f"images have {channels} channels, which the weight's {form.width} columns are not for"
+        )
     tall, wide = down.positions(height), across.positions(width)
     if tall < 1 or wide < 1:
         raise ValueError(f"images of {height} x {width} are smaller than the kernel")
     lines, places = down.rooms(height), across.rooms(width)
     plane = count * lines * places
+    if channels * plane * down.stride * across.stride >= 1 << 31:  # places have 32 bits
+        if count < 2:
+            raise ValueError(f"an image of {channels} x {height} x {width} is too large for a sparse convolution")
+        return np.concatenate([convolved(form, part, sides, threads) for part in np.array_split(images, 2)])
     room: Array = np.zeros((channels, count, lines * down.stride, places * across.stride), np.float32)
     room[:, :, down.before : down.before + height, across.before : across.before + width] = images.transpose(1, 0, 2, 3)
     if down.stride > 1 or across.stride > 1:

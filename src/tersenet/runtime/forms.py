@@ -19,6 +19,7 @@ from tersenet import cores, native
 Array = Any
 ROWS, COLUMNS, ROOM = 16, 16, 4096  # TERSE_ROWS, TERSE_COLUMNS and TERSE_ROOM of native/terse.h
 FEW = 4  # inputs up to which sparse rows are gone through for each
+MOST = 1024  # inputs of sparse rows at a time
 GROUP = 16_384  # columns whose products fit into 32 bits
 WORTH_A_THREAD = 1 << 16  # bytes of a form
 
@@ -45,6 +46,13 @@ def called(name: str, *arguments: Any) -> None:
     done = native.call(name, *arguments)
     if done is None or done < 0:
         raise RuntimeError(f"terse_{name} refused a product ({done}): the form is damaged, or the C core is gone")
+
+
+def inputs(x: Array, columns: int) -> Array:
+    """Inputs as the kernels read them; raises ValueError where they are not [count, columns]."""
+    if x.ndim != 2 or x.shape[1] != columns:
+        raise ValueError(f"inputs are [count, {columns}], not {list(x.shape)}")
+    return np.ascontiguousarray(x, np.float32)
 
 
 def padded(x: Array, least: int) -> Array:
@@ -83,7 +91,7 @@ class Form:
 class SparseRows(Form):
     """The numbers that are not zero, with their columns in 16 bits; `values` float32 or, with a `book`, uint8 codes.
 
-    A product with one input gathers; one with several takes each number times all inputs (the rows of X^T).
+    With few inputs each number looks up what it multiplies; with many it is multiplied by all of them, the rows of X^T.
     """
 
     values: Array  # [n]
@@ -93,7 +101,10 @@ class SparseRows(Form):
     width: int
 
     def product(self, x: Array, threads: int = 1) -> Array:
+        x = inputs(x, self.width)
         count, rows = len(x), len(self.starts) - 1
+        if count > MOST:  # places have 32 bits
+            return np.concatenate([self.product(part, threads) for part in np.split(x, range(MOST, count, MOST))])
         if count <= FEW:
             y: Array = np.empty((count, rows), np.float32)
             for one, out in zip(x, y):
@@ -131,7 +142,7 @@ class MaskedRows(Form):
 
     def product(self, x: Array, threads: int = 1) -> Array:
         rows, words = self.mask.shape
-        x = padded(x, 16 * words)
+        x = padded(inputs(x, self.width), 16 * words)
         y: Array = np.empty((len(x), rows), np.float32)
         head = (self.values, self.mask, rows, words, self.starts, x, x.shape[1], len(x))
         shared(
@@ -160,6 +171,7 @@ class Levels(Form):
     planes: int
 
     def product(self, x: Array, threads: int = 1) -> Array:
+        x = inputs(x, self.columns)
         count, (blocks, groups, _) = len(x), self.scale.shape
         width = -(-self.group // COLUMNS) * COLUMNS
         digits: Array = np.empty((count, groups * width * self.planes + 64), np.int8)
@@ -190,7 +202,7 @@ class Codes(Form):
 
     def product(self, x: Array, threads: int = 1) -> Array:
         blocks, words, _ = self.codes.shape
-        x = padded(x, words * (32 // self.bits))
+        x = padded(inputs(x, self.columns), words * (32 // self.bits))
         y: Array = np.empty((len(x), self.rows), np.float32)
         head = (self.codes, self.bits, self.rows, words, self.book, self.size, x, x.shape[1], len(x))
         shared(
@@ -210,6 +222,7 @@ class Vectors(Form):
 
     def product(self, x: Array, threads: int = 1) -> Array:
         (_, rows, _), (d, size) = self.index.shape, self.book.shape
+        x = inputs(x, self.blocks * d)
         y: Array = np.empty((len(x), rows), np.float32)
 
         def work(first: int, last: int) -> None:
@@ -276,3 +289,6 @@ class Dense(Form):
     def product(self, x: Array, threads: int = 1) -> Array:
         with np.errstate(invalid="ignore"):  # inputs that are not finite, of which torch says nothing either
             return x @ self.weight.T
+
+
+FORMS = {form.__name__: form for form in (SparseRows, MaskedRows, Levels, Codes, Vectors, Chain, Sum, Part, Dense)}

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tersenet import cores
 from tersenet.packed import Array, Codebook, Uniform, unpack
-from tersenet.runtime import forms, kernels
+from tersenet.runtime import kernels
 from tersenet.runtime.convolution import Side, convolved
-from tersenet.runtime.forms import Form, SparseRows
+from tersenet.runtime.forms import FORMS, Form, SparseRows
 
 SIGNED = {"uint16": "int16", "uint32": "int32"}  # what stands in for types that torch cannot pickle
 ELSEWHERE = (torch.float16, torch.bfloat16, torch.float64)  # of floats
@@ -55,7 +55,7 @@ def put_together(arrays: list[Array], spec: Any) -> Form:
         return tuple(map(made, value)) if isinstance(value, list) else value
 
     name, parts = spec
-    return getattr(forms, name)(**{key: made(value) for key, value in parts.items()})  # type: ignore[no-any-return]
+    return FORMS[name](**{key: made(value) for key, value in parts.items()})
 
 
 def threads() -> int:
