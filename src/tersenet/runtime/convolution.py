@@ -34,9 +34,7 @@ def convolved(form: SparseRows, images: Array, sides: tuple[Side, Side], threads
     count, channels, height, width = images.shape
     (down, across), rows = sides, len(form.starts) - 1
     if channels * down.kernel * across.kernel != form.width:
-        raise ValueError(
-            f"images have {channels} channels, which the weight's {form.width} columns are not for"
-        )
+        raise ValueError(f"images have {channels} channels, which the weight's {form.width} columns are not for")
     tall, wide = down.positions(height), across.positions(width)
     if tall < 1 or wide < 1:
         raise ValueError(f"images of {height} x {width} are smaller than the kernel")
