@@ -309,7 +309,7 @@ def device() -> Iterator[str]:
 def runtime() -> Iterator[str]:
     rows = [r for r in results("runtime")["rows"] if r.get("layer") == "4096 x 4096" and r["threads"] == 1]
     yield paragraph(
-        "**Products with packed weights** (`bench/runtime.py`): 4096 x 4096, one thread, weights from memory, the least",
+        "**Products with packed weights** (`bench/runtime.py`): 4096 x 4096, one thread, from memory, the least",
         "of rounds in which all take turns, and times as fast as torch's float32. Sparse rows aim at 5.5 (90 %), 10",
         "(95 %) and miss it here, and so does a batch of 32 at torch's 8 bits. The whole networks of the results are",
         "0.96 to 1.37 times as fast as dense ones.",
