@@ -4,13 +4,16 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 NATIVE := src/tersenet/_terse.so
 
-.PHONY: demo test check wheel bench docs clean
+.PHONY: demo test quick check wheel bench docs clean
 
 demo: .venv/demo $(NATIVE)
 	$(BIN)/python examples/digits.py
 
 test: .venv/test $(NATIVE)
 	$(BIN)/python -m pytest -n logical --dist loadfile
+
+quick: .venv/test $(NATIVE)
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow"
 
 check: .venv/test
 	$(BIN)/ruff check .

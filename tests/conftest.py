@@ -32,6 +32,14 @@ collect_ignore = ["workers.py"]  # a program
 # A machine that others use is slow for seconds at a time, which says nothing about an example.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that took long where all were timed are marked `slow`; `make quick` leaves them out."""
+    slow = set(Path(__file__).with_name("slow.txt").read_text().split())
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker("slow")
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
