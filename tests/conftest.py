@@ -34,12 +34,15 @@ settings.register_profile("shared machine", deadline=None, suppress_health_check
 settings.load_profile("shared machine")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Tests that took long where all were timed are marked `slow`; `make quick` leaves them out."""
     slow = set(Path(__file__).with_name("slow.txt").read_text().split())
     for item in items:
         if item.nodeid.partition("[")[0] in slow:
             item.add_marker("slow")
+
+
 DATA = Path(os.environ.get("TERSENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
