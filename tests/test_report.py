@@ -524,3 +524,9 @@ def test_axe_finds_nothing_wrong(lenet, axe, tmp_path, dark):
         options = ["--force-dark-mode", "--virtual-time-budget=20000"] if dark else ["--virtual-time-budget=20000"]
         *wrong, is_dark = used(page, tmp_path / f"{name}.html", 1280, script, options)
         assert wrong == [] and is_dark == dark
+
+
+@pytest.mark.parametrize("name, words, neighbours", [("Codebook", 9, 3), ("Codebook-group", 15, 2)])
+def test_codewords_are_counted_over_all_groups(name, words, neighbours):
+    said = histogram(Tensor(trees()[name])).says
+    assert said == f"{words} codewords of {neighbours} neighbours each"

@@ -76,8 +76,9 @@ def _grid(tree: Tree) -> tuple[Array, str]:
     while isinstance(tree, Sparse | Sliced | Reshaped):
         tree = tree.values if isinstance(tree, Sparse) else tree.child
     nothing: Array = np.zeros(0, np.float32)
-    if isinstance(tree, Codebook) and tree.codewords.shape[1] > 1:
-        return nothing, "{} codewords of {} neighbours each".format(*tree.codewords.shape)
+    if isinstance(tree, Codebook) and tree.codewords.shape[-1] > 1:
+        *many, neighbours = tree.codewords.shape
+        return nothing, f"{math.prod(many)} codewords of {neighbours} neighbours each"
     if isinstance(tree, Codebook | Bloomier):
         words = np.sort(np.asarray(unpack(tree.codewords), np.float32).reshape(-1))
         return words, f"{len(words)} codewords, which the ticks show"
