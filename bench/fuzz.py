@@ -104,15 +104,18 @@ def looked_at(cases: int, first: int, bounded: bool = True) -> dict[str, Any]:
     return {**row, "seconds": round(time.time() - begun, 1), "refusals": dict(kinds.most_common())}
 
 
-def sanitized(cases: int, first: int) -> dict[str, Any]:
-    """The same with a C core that stops at the first step outside its bounds or outside what C defines."""
+def sanitized(cases: int, first: int, program: str = __file__) -> dict[str, Any]:
+    """The same with a C core that stops at the first step outside its bounds or outside what C defines.
+
+    `program` looks at so many cases from a number on with the core at a path, and prints what it found as JSON.
+    """
     names = [["gcc", f"-print-file-name=lib{name}.so"] for name in ("asan", "ubsan")]
     preload = ":".join(subprocess.check_output(name, text=True).strip() for name in names)
     with tempfile.TemporaryDirectory() as folder:
         core = Path(folder) / "core.so"
         subprocess.run(["gcc", *CHECKED, *sorted((ROOT / "native").glob("*.c")), "-o", core], check=True)
         more = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
-        command = [sys.executable, __file__, str(cases), str(first), str(core)]
+        command = [sys.executable, program, str(cases), str(first), str(core)]
         done = subprocess.run(command, env=os.environ | more, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             sys.exit("the sanitizers stopped it")

@@ -7,16 +7,13 @@ finite, arrays that begin and end anywhere. A case that differs, or that a sanit
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz import CHECKED
-from table import ROOT, write
+from fuzz import sanitized
+from table import write
 
 from tersenet import native
 from tersenet.runtime.convolution import Side, convolved
@@ -130,20 +127,6 @@ def looked_at(cases: int, first: int) -> dict[str, Any]:
     return {"cases": cases, "first": first}
 
 
-def sanitized(cases: int) -> dict[str, Any]:
-    names = [["gcc", f"-print-file-name=lib{name}.so"] for name in ("asan", "ubsan")]
-    preload = ":".join(subprocess.check_output(name, text=True).strip() for name in names)
-    with tempfile.TemporaryDirectory() as folder:
-        core = Path(folder) / "core.so"
-        subprocess.run(["gcc", *CHECKED, *sorted((ROOT / "native").glob("*.c")), "-o", core], check=True)
-        more = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
-        command = [sys.executable, __file__, str(cases), "0", str(core)]
-        done = subprocess.run(command, env=os.environ | more, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit("the sanitizers, or a case that differs, stopped it")
-    return json.loads(done.stdout)
-
-
 if __name__ == "__main__":
     if len(sys.argv) == 4:
         opened = native.opened(Path(sys.argv[3]))
@@ -152,4 +135,4 @@ if __name__ == "__main__":
     elif len(sys.argv) > 1:
         print(json.dumps(looked_at(int(sys.argv[1]), int((*sys.argv, 0)[2]))))
     else:
-        write("fuzz_kernels", [{"core": "sanitized"} | sanitized(CASES)])
+        write("fuzz_kernels", [{"core": "sanitized"} | sanitized(CASES, 0, __file__)])

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
@@ -86,6 +86,10 @@ class Form:
         """How many threads are worth being woken."""
         return max(1, min(most, self.nbytes // WORTH_A_THREAD))
 
+    def spread(self, name: str, n: int, threads: int, head: Sequence[Any], *rest: Any) -> None:
+        """Call a function of the core for 0 to n in parts; it takes `head`, the part's first and last, then `rest`."""
+        shared(lambda first, last: called(name, *head, first, last, *rest), n, self.threads(threads))
+
 
 @dataclass(frozen=True, eq=False)
 class SparseRows(Form):
@@ -127,8 +131,7 @@ class SparseRows(Form):
     def _shared(self, name: str, threads: int, rows: int, *rest: Any) -> None:
         floats = len(self.book) == 0
         own = (self.values, None, None) if floats else (None, self.values, self.book)
-        head = (*own, self.columns, self.starts)
-        shared(lambda first, last: called(name, *head, first, last, *rest), rows, self.threads(threads))
+        self.spread(name, rows, threads, (*own, self.columns, self.starts), *rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,10 +148,7 @@ class MaskedRows(Form):
         x = padded(inputs(x, self.width), 16 * words)
         y: Array = np.empty((len(x), rows), np.float32)
         head = (self.values, self.mask, rows, words, self.starts, x, x.shape[1], len(x))
-        shared(
-            lambda first, last: called("masked_product", *head, first, last, y, native.simd()),
-            rows, self.threads(threads),
-        )  # fmt: skip
+        self.spread("masked_product", rows, threads, head, y, native.simd())
         return y
 
 
@@ -181,11 +181,7 @@ class Levels(Form):
         factor, offset = (part if part.size else None for part in (self.factor, self.offset))
         called("levels_digits", x, factor, count, self.columns, self.group, width, self.planes, digits, sums, steps)
         head = (self.weights, self.bits, self.rows, groups, width, self.scale, offset, self.shift, digits, sums, steps)
-        rest = (y, native.simd())
-        shared(
-            lambda first, last: called("levels_product", *head, count, self.planes, first, last, *rest),
-            blocks, self.threads(threads),
-        )  # fmt: skip
+        self.spread("levels_product", blocks, threads, (*head, count, self.planes), y, native.simd())
         return y
 
 
@@ -205,10 +201,7 @@ class Codes(Form):
         x = padded(inputs(x, self.columns), words * (32 // self.bits))
         y: Array = np.empty((len(x), self.rows), np.float32)
         head = (self.codes, self.bits, self.rows, words, self.book, self.size, x, x.shape[1], len(x))
-        shared(
-            lambda first, last: called("codes_product", *head, first, last, y, native.simd()),
-            blocks, self.threads(threads),
-        )  # fmt: skip
+        self.spread("codes_product", blocks, threads, head, y, native.simd())
         return y
 
 
