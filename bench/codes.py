@@ -260,8 +260,8 @@ def main(part: str | None = None, network: str | None = None, *methods: str) -> 
         for row in PARTS[name]([network] if network else [], list(methods)):
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
             rows = [old for old in rows if any(old.get(key) != row.get(key) for key in KEYS)] + [row]
-    rows.sort(key=lambda row: [str(row.get(key, "")) for key in KEYS])
-    write("codes", rows, SEED, images=IMAGES, epochs=EPOCHS)
+            rows.sort(key=lambda row: [str(row.get(key, "")) for key in KEYS])
+            write("codes", rows, SEED, images=IMAGES, epochs=EPOCHS)
 
 
 if __name__ == "__main__":
