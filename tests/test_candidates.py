@@ -9,7 +9,10 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.draft import QUICK, Draft, artifact_of
+from tersenet.methods import chain
+from tersenet.methods.factorize import SVD
 from tersenet.methods.kmeans import KMeans
+from tersenet.methods.product import Product
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import unpack
 from tersenet.stages.waterfill import Waterfill
@@ -48,6 +51,24 @@ def test_each_weight_is_offered_steps_methods_and_what_loses_nothing_with_true_b
             error = layer.weight - layer.matrix(np.asarray(unpack(one.packing.tree), np.float64))
             assert one.packing.cost == pytest.approx(layer.metric.cost(error), rel=1e-3, abs=1e-9 * layer.energy)
             assert unpack(one.packing.tree).shape == whole.shape
+
+
+def test_methods_read_the_moments_of_the_layers_and_offer_nothing_without(task):
+    """Ranks and blocks that lose least by what the layers read, beside those by the weights alone."""
+    knowledge = Knowledge.of(Draft.of_model(task.model), task, 256)
+    waterfilling = Waterfilling.of(knowledge)
+    aware, blind = (chain(SVD(part=0.5, weighted=w), Uniform(8, by_row=True)) for w in (True, False))
+    offers = candidates(waterfilling, 0.02, 0.5, (aware, blind, Product(4)), QUICK, knowledge.found)
+    lost = {one.method: one.packing.cost for one in offers["3.weight"]}
+    assert 0 < lost[str(aware)] < lost[str(blind)] and lost[str(Product(4))] > 0
+    offers = candidates(waterfilling, 0.02, 0.5, (aware, blind), QUICK)
+    assert {one.method for one in offers["3.weight"]} & {str(aware), str(blind)} == {str(blind)}
+
+
+def test_a_method_that_needs_data_says_so_where_there_are_none(task):
+    recipe = (Waterfill(methods=(chain(SVD(part=0.5), Uniform(8)),)),)
+    with pytest.raises(ValueError, match="Chain needs the moments of the layer's inputs: give a Task with training"):
+        tn.compress(tn.Task(task.model), recipe, tn.Budget(size=4000))
 
 
 def test_what_is_chosen_keeps_the_size_and_costs_no_more_than_one_step_for_all(task):

@@ -12,7 +12,7 @@ from tersenet.artifact import Coding
 from tersenet.budget import Budget
 from tersenet.contract import NORMS, Kind
 from tersenet.draft import Draft
-from tersenet.methods import Method
+from tersenet.methods import Method, needed
 from tersenet.packed import Codebook, Reshaped, Sparse, Transformed, Uniform
 from tersenet.task import Task, one_thread
 from tersenet.waterfilling.factors import Damping
@@ -27,8 +27,9 @@ class Waterfill:
     """Quantize at the global step `c`, or to a `budget`, from the moments of `samples` training inputs.
 
     With a budget, `rate` and `damping` are chosen too, and `coding` says how its bytes are counted. With `methods` and
-    a budget in bytes each weight may also become what one of these makes of it. Without training data nothing is known
-    but the weights. Raises UnmetBudget where the budget cannot be met.
+    a budget in bytes each weight may also become what one of these makes of it by the same moments, e.g.
+    `chain(SVD(part=0.5), Uniform(8))`. Without training data nothing is known but the weights. Raises UnmetBudget where the budget
+    cannot be met, and ValueError where a method needs data and there are none.
     """
 
     c: float | None = None
@@ -50,6 +51,9 @@ class Waterfill:
         if self.c is None and self.budget is None:
             raise ValueError("Waterfill needs a step or a budget: Waterfill(c=0.003), or compress(..., budget=...)")
         usable = task if task is not None and task.train is not None else None
+        asking = next((method for method in self.methods if method.needs), None)
+        if usable is None and asking is not None:
+            needed(asking, asking.needs[0], None)
         most = None if self.budget is None else self.budget.bytes_for(draft.count())
         if self.budget is not None and most is None and usable is None:
             raise ValueError("a drop is measured on data: give Task(train=...), or a size or ratio")

@@ -6,6 +6,7 @@ layers share. `Lagrange` chooses; the bytes of the real file decide how much it 
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +15,11 @@ from tersenet.allocators.lagrange import Lagrange, Option
 from tersenet.artifact import Artifact, Coding, Tensor
 from tersenet.budget import UnmetBudget
 from tersenet.draft import Draft, artifact_of, round_leaves
-from tersenet.methods import Method, repack
+from tersenet.methods import Method
 from tersenet.packed import Packed, unpack
+from tersenet.statistics import packed
 from tersenet.task import one_thread, progress, spread
+from tersenet.waterfilling.knowledge import Halves, joined
 from tersenet.waterfilling.layers import Layer, Packing, Waterfilling
 
 STEPS = tuple(2.0 ** (k / 2) for k in range(-4, 6))  # times c: steps that are offered to each layer
@@ -33,18 +36,30 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    waterfilling: Waterfilling, c: float, rate: float, methods: Sequence[Method], coding: Coding
+    waterfilling: Waterfilling,
+    c: float,
+    rate: float,
+    methods: Sequence[Method],
+    coding: Coding,
+    found: Mapping[str, Halves] = MappingProxyType({}),
 ) -> dict[str, list[Candidate]]:
-    """For each layer its trees at steps around c, those of the methods, and what it takes without loss."""
+    """For each layer its trees at steps around c, those of the methods, and what it takes without loss.
+
+    Methods get what they need of the moments that were `found`; where there are none, or a weight is packed already,
+    those that need some offer nothing.
+    """
+    known = {id(waterfilling.draft.tensors[name]): joined(halves) for name, halves in found.items()}
 
     def offered(layer: Layer) -> list[Candidate]:
         tensor = waterfilling.draft.tensors[layer.name]
+        moments = known.get(id(tensor))
+        ready = methods if moments is not None and not isinstance(tensor.tree, Packed) else blind
         found = [(f"step {step:.2g}", waterfilling.packed(layer, c * step, rate)) for step in STEPS]
         kept = waterfilling.lossless.get(layer.name)
         if kept is not None:
             found.append(("without loss", Packing(kept.tree, None, 0.0)))
-        for method in methods:
-            tree = round_leaves(repack(tensor.tree, method))
+        for method in ready:
+            tree = round_leaves(packed(tensor.tree, method, moments))
             if isinstance(tree, Packed):
                 found.append((str(method), _measured(waterfilling, layer, tree)))
         made = [
@@ -52,6 +67,7 @@ def candidates(
         ]
         return [one for one in made if math.isfinite(one.packing.cost)]
 
+    blind = [method for method in methods if not method.needs]
     with one_thread():
         layers = waterfilling.layers
         offers = progress(spread(offered, layers), "trying methods", len(layers))

@@ -4,7 +4,7 @@ import functools
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,13 @@ def _kept(journal: Journal, name: str, make: Callable[[], dict[str, Moments]]) -
         torch.save(flat, buffer := io.BytesIO())
         journal.keep(name, buffer.getvalue())
     return found
+
+
+def joined(halves: Halves) -> Moments:
+    """The moments of both halves together."""
+    one, other = halves
+    parts = {n: (getattr(one, n) + getattr(other, n)) / 2 for n in ("inputs", "means", "outputs")}
+    return replace(one, **parts)
 
 
 def _single(biases: Mapping[str, str], bias: str) -> bool:

@@ -11,7 +11,7 @@ of, does not (0.6). Where the network fits without any loss, that is what is tak
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from tersenet.packed import Packed, Tree
 from tersenet.task import Task, progress
 from tersenet.waterfilling.candidates import allocated, candidates
 from tersenet.waterfilling.factors import Damping
-from tersenet.waterfilling.knowledge import Knowledge, outputs
+from tersenet.waterfilling.knowledge import Halves, Knowledge, outputs
 from tersenet.waterfilling.layers import Waterfilling
 from tersenet.waterfilling.sensitivity import with_sensitivities
 
@@ -168,7 +168,8 @@ def to_size(knowledge: Knowledge, most: int, coding: Coding | None = None, metho
         chosen = one if one.error < CLEARLY * chosen.error else chosen
     if methods:
         first, damping, rate = best
-        mixed = functools.partial(_mixed, Waterfilling.of(knowledge, damping), first.c, rate, search, methods)
+        given = Waterfilling.of(knowledge, damping), first.c, rate, search, methods, knowledge.found
+        mixed = functools.partial(_mixed, *given)
         one = tried("a mixture of methods", mixed, lambda c: mixed()[0])
         chosen = one if one.error < chosen.error else chosen
     journal.write(chosen=chosen.label)
@@ -195,9 +196,14 @@ def _rough(plain: Waterfilling, most: int, coding: Coding, error: Callable[[Draf
 
 
 def _mixed(
-    waterfilling: Waterfilling, c: float, rate: float, search: Search, methods: Sequence[Method]
+    waterfilling: Waterfilling,
+    c: float,
+    rate: float,
+    search: Search,
+    methods: Sequence[Method],
+    found: Mapping[str, Halves],
 ) -> tuple[Draft, int, float]:
-    offers = candidates(waterfilling, c, rate, methods, search.coding)
+    offers = candidates(waterfilling, c, rate, methods, search.coding, found)
     for name, offer in offers.items():
         search.journal.write(layer=name, offers=[[one.nbytes, one.packing.cost] for one in offer])
     errors = ERROR * len({id(waterfilling.draft.tensors[name]) for name in waterfilling.draft.trainable})
@@ -228,7 +234,7 @@ def _blind(knowledge: Knowledge, search: Search, methods: Sequence[Method]) -> D
         other = Search(search.most, search.coding, search.journal, None, search.tried)
         found.append(other.finest(free, 0.0, "without data, nothing held")[0])
     if methods:
-        found.append(_mixed(plain, search.c or plain.unit, 0.0, search, methods)[0])
+        found.append(_mixed(plain, search.c or plain.unit, 0.0, search, methods, {})[0])
     return min(found, key=plain.loss) if len(found) > 1 else draft
 
 
