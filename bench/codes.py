@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from deep_compression import shifted
-from table import ROOT, real_data, write
+from table import ROOT, keep, real_data
 from universal_coders import ctw, lzw
 
 import tersenet as tn
@@ -261,7 +261,7 @@ def main(part: str | None = None, network: str | None = None, *methods: str) -> 
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
             rows = [old for old in rows if any(old.get(key) != row.get(key) for key in KEYS)] + [row]
             rows.sort(key=lambda row: [str(row.get(key, "")) for key in KEYS])
-            write("codes", rows, SEED, images=IMAGES, epochs=EPOCHS)
+            keep("codes", rows, SEED, images=IMAGES, epochs=EPOCHS)
 
 
 if __name__ == "__main__":

@@ -43,13 +43,19 @@ def in_rounds(actions: Sequence[Callable[[], object]], rounds: int = 25) -> list
     return list(zip(map(statistics.median, clock), map(statistics.median, spent), strict=True))
 
 
-def write(name: str, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> None:
-    """Keep the rows as bench/results/<name>.json with the machine and the commit, and print them."""
+def keep(name: str, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> Path:
+    """Keep the rows as bench/results/<name>.json with the machine and the commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     table = {"machine": machine(), "commit": commit.stdout.strip(), "seed": seed, **more, "rows": rows}
     path = ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(table, indent=1) + "\n")
+    return path
+
+
+def write(name: str, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> None:
+    """Keep the rows and print them."""
+    path = keep(name, rows, seed, **more)
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
     print(f"kept as {path.relative_to(ROOT)}")

@@ -28,8 +28,8 @@ class Waterfill:
 
     With a budget, `rate` and `damping` are chosen too, and `coding` says how its bytes are counted. With `methods` and
     a budget in bytes each weight may also become what one of these makes of it by the same moments, e.g.
-    `chain(SVD(part=0.5), Uniform(8))`. Without training data nothing is known but the weights. Raises UnmetBudget where the budget
-    cannot be met, and ValueError where a method needs data and there are none.
+    `chain(SVD(part=0.5), Uniform(8))`. Without training data nothing is known but the weights. Raises UnmetBudget where
+    the budget cannot be met, and ValueError where a method needs data and there are none.
     """
 
     c: float | None = None
