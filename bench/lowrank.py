@@ -9,18 +9,22 @@ tuned: the same ranks and after TUNED of distillation from the float network on 
 squeezenet: Tucker-2 and CP on SqueezeNet 1.1, tuned on 200 images, top-1 agreement on 300 others; milliseconds of one
 image, one thread, the median of rounds over all networks.
 compact: compact filters on ResNet-20, before and after COMPACT epochs of distillation.
-bits: SVD and rounding together against rounding alone, on ResNet-56 and MiniLM, whole files, without training.
+others: ENC against uniform and EVBMF's ranks on SqueezeNet 1.1 and MobileNetV2, before and after two epochs on 200
+images, top-1 agreement on 300 others.
+bits: SVD and rounding together against rounding alone, on ResNet-56 and MiniLM, whole files, without training: rounding
+to so many bits gives a size, and the others get that as their budget.
 """
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from ptq import task_of as agreement
-from table import ROOT, in_rounds, real_data, write
+from table import ROOT, in_rounds, keep, real_data
 from torch import nn
 
 import tersenet as tn
@@ -30,11 +34,12 @@ from tersenet.methods.cp import CP
 from tersenet.methods.factorize import SVD, Tucker2
 from tersenet.methods.uniform import Uniform
 from tersenet.realise import realise
-from tersenet.run import Stage
+from tersenet.run import Recipe, Stage
 from tersenet.stages.finetune import Distill
 from tersenet.stages.lowrank import ENC
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.recalibrate import Recalibrate
+from tersenet.stages.waterfill import Waterfill
 from tersenet.tracing.operations import Watch
 from tersenet.where import kept
 
@@ -154,26 +159,58 @@ def compact() -> Iterator[Row]:
         }  # fmt: skip
 
 
-def bits() -> Iterator[Row]:
-    import sequence
-
-    for network in ("resnet56", "minilm"):
-        task = cifar(network) if network == "resnet56" else sequence.encoder()
-        draft, reference = Draft.of_model(task.model), round(task.score(task.test), 4)
-        methods = {f"rounding, {b} bits": Uniform(b, by_row=True) for b in (8, 6, 5, 4)}
-        for part in (0.9, 0.6):
-            products = SVD(part=part)
-            methods |= {f"SVD {part}, {b} bits": chain(products, Uniform(b, by_row=True)) for b in (8, 6)}
-        for name, method in methods.items():
-            after = Narrow()(Pack(method, samples=SAMPLES)(draft, task), None)
-            score = task.score(task.test, after.module())
-            size = artifact_of(after).nbytes
+def others() -> Iterator[Row]:
+    for network in ("squeezenet11", "mobilenetv2"):
+        task = agreement(network)
+        image, draft = task.test[0][:1], Draft.of_model(task.model)
+        stages: dict[str, Stage] = {
+            "uniform ranks": Pack(SVD(part=0.75, spatial=True), samples=200),
+            "ENC-Map": ENC(0.75, samples=200),
+            "ENC-Model": ENC(0.75, by="model", samples=200),
+            "ENC-Map, plain SVD": ENC(0.75, weighted=False),
+            "Tucker-2 with EVBMF's ranks": Pack(Tucker2()),
+        }
+        for name, stage in stages.items():
+            before = stage(draft, task)
+            after = Distill(2, lr=0.001, temperature=3.0)(before, task)
+            small = realise(task.model, after.tensors).eval()
             yield {
-                "network": network, "method": name, "bytes": size, "accuracy": round(score, 4), "reference": reference
+                "network": network, "method": name, "macs": round(macs(small, image) / macs(task.model, image), 3),
+                "accuracy": round(task.score(task.test, before.module()), 4),
+                "tuned": round(task.score(task.test, small), 4),
             }  # fmt: skip
 
 
-PARTS = {"ranks": ranks, "tuned": tuned, "squeezenet": squeezenet, "compact": compact, "bits": bits}
+def bits() -> Iterator[Row]:
+    import sequence
+
+    for network, widths in (("resnet56", (6, 5, 4)), ("minilm", (6, 4))):
+        task = cifar(network) if network == "resnet56" else sequence.encoder()
+        for width in widths:
+            rounding = tuple(Uniform(b, by_row=True) for b in (3, 4, 5, 6, 8))
+            ranks = tuple(chain(SVD(part=p), Uniform(b, by_row=True)) for p in (0.9, 0.6, 0.3) for b in (6, 8))
+            recipes: dict[str, Recipe] = {
+                "rounding": (Pack(Uniform(width, by_row=True)), Narrow()),
+                "SVD of all, 8 bits": (Pack(chain(SVD(part=0.9), Uniform(8, by_row=True)), samples=128), Narrow()),
+                "of both, what each layer loses least by": (Waterfill(methods=(*rounding, *ranks)),),
+                "the same without SVD": (Waterfill(methods=rounding),),
+            }
+            size = None
+            for name, recipe in recipes.items():
+                began = time.process_time()
+                with tempfile.TemporaryDirectory() as folder:
+                    done = tn.compress(task, recipe, size and tn.Budget(size=size), folder=folder)
+                size = size or done.artifact.nbytes
+                kinds = [row.kind.partition("(")[0] for row in done.artifact.ledger() if len(row.shape) > 1]
+                yield {
+                    "network": network, "method": name, "setting": width, "bytes": done.artifact.nbytes,
+                    "accuracy": round(done.after, 4), "reference": round(done.before, 4),
+                    "factored": kinds.count("Factored"), "weights": len(kinds),
+                    "seconds": round(time.process_time() - began, 1),
+                }  # fmt: skip
+
+
+PARTS = {"ranks": ranks, "tuned": tuned, "squeezenet": squeezenet, "others": others, "compact": compact, "bits": bits}
 
 
 def main(names: list[str]) -> None:
@@ -186,7 +223,7 @@ def main(names: list[str]) -> None:
         others = json.loads(path.read_text())["rows"] if path.exists() else []
         rows += [row for row in others if row["part"] != name]
         rows.sort(key=lambda row: list(PARTS).index(row["part"]))
-        write("lowrank", rows, SEED, scored=SCORED, calibration=CALIBRATION, samples=SAMPLES)
+        keep("lowrank", rows, SEED, scored=SCORED, calibration=CALIBRATION, samples=SAMPLES)
 
 
 if __name__ == "__main__":

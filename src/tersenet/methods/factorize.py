@@ -1,10 +1,10 @@
 """Weights as chains of smaller layers: SVD, plain or in the metric of a layer's data, and Tucker-2.
 
 SVD of a kernel [O, I, D, D] has two forms (Kim, Khan, Kyung 2019, section 3.1): by channels, D x D to r channels and
-1 x 1 from them, or by space, D x 1 to r channels and 1 x D from them. With moments A = L L^T of the inputs and
-G = K K^T of the gradients at the outputs, the product of rank r that loses least in tr(E^T G E A) is that of K^T W L,
-with K^-T before it and L^-1 behind it. By space A is the mean over the columns of the kernel, as if what these read
-were independent, so the product is only near the best.
+1 x 1 from them, or by space, D x 1 to r channels and 1 x D from them. With moments A = L L^T of the inputs the product
+of rank r that loses least of the outputs, tr(E A E^T), is that of W L with L^-1 behind it. By space A is the mean over
+the columns of the kernel, as if what these read were independent, so the product is only near the best. Gradients at
+the outputs are left out: they tell what small errors cost, and those of a rank are large (docs/notes.md has figures).
 
 Tucker-2 (Kim et al. 2016) has D x D from s to r channels between two layers of 1 x 1: the factors are the leading left
 singular vectors of both unfoldings, improved in turns by HOOI (De Lathauwer, De Moor, Vandewalle 2000).
@@ -23,7 +23,7 @@ from tersenet.methods.evbmf import evbmf
 from tersenet.methods.surgeon import damped
 from tersenet.packed import Array, Factored, Packed, Tree
 
-DAMPING = 0.01  # of both moments, as a part of their mean diagonals
+DAMPING = 0.03  # of moments, as a part of their mean diagonals
 FEW = 4  # input channels, as of an image, that are left as they are
 TURNS = 5  # of HOOI
 PART = 0.5  # of the largest rank that saves anything, where nothing else is asked
@@ -60,10 +60,10 @@ class Products:
         return Factored(self.equation, (single(both[0]), single(both[1])), self.size)
 
 
-def products(w: Array, spatial: bool = False, inputs: Array | None = None, outputs: Array | None = None) -> Products:
+def products(w: Array, spatial: bool = False, inputs: Array | None = None) -> Products:
     """All that SVD may make of a weight: by space where a kernel has two axes and it is asked, else by channels.
 
-    Moments are [groups, n, n] and [groups, rows, rows]; without them it is one group, whose rows are the first axis.
+    Moments are [groups, n, n]; without them it is one group, whose rows are the first axis.
     """
     groups, n = (1, math.prod(w.shape[1:])) if inputs is None else inputs.shape[:2]
     matrix = torch.from_numpy(np.asarray(w, np.float64)).reshape(groups, -1, n)
@@ -71,16 +71,12 @@ def products(w: Array, spatial: bool = False, inputs: Array | None = None, outpu
     extents = w.shape[channel:]  # of the columns: channels, and the kernel
     apart = spatial and len(extents) == 3 and min(extents[1:]) > 1
     wide = extents[2] if apart else 1
-    before, behind = _root(outputs), _root(inputs if inputs is None or not apart else _averaged(inputs, extents))
-    if before is not None:
-        matrix = before.mT @ matrix
+    behind = _root(inputs if inputs is None or not apart else _averaged(inputs, extents))
     if apart:
         matrix = matrix.reshape(groups, rows, *extents).permute(0, 1, 4, 2, 3)
     matrix = matrix.reshape(groups, rows * wide, n // wide)
     u, values, v = torch.linalg.svd(matrix if behind is None else matrix @ behind, full_matrices=False)
     left, right = u * values.sqrt()[:, None], v * values.sqrt()[..., None]
-    if before is not None:
-        left = torch.linalg.solve_triangular(before.mT, left.reshape(groups, rows, -1), upper=True)
     if behind is not None:
         right = torch.linalg.solve_triangular(behind, right, upper=False, left=False)
     k, lead = values.shape[1], "g" if groups > 1 else ""
@@ -140,8 +136,8 @@ def settle(method: object, usual: str, otherwise: float, names: tuple[str, ...])
 class SVD:
     """Two factors of a `rank`, or of a `part` of the largest rank that saves anything, half of it by default.
 
-    Kernels by channels or, if `spatial`, by space. `weighted` reads `stats["inputs"]` and `stats["outputs"]` and loses
-    least in their metric; groups are factored apart there. A rank that saves nothing leaves the weight whole.
+    Kernels by channels or, if `spatial`, by space. `weighted` reads `stats["inputs"]` and loses least of the outputs;
+    groups are factored apart there. A rank that saves nothing leaves the weight whole.
     """
 
     rank: int | None = None
@@ -155,7 +151,7 @@ class SVD:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("inputs", "outputs") if self.weighted else ()
+        return ("inputs",) if self.weighted else ()
 
     def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Tree:
         if w.ndim < 2:

@@ -50,8 +50,8 @@ class ENC:
     The ranks are chosen by "map", "model" or "inf": by singular values alone, or among the `candidates` best by the
     metric on up to `scored` samples of the task's data for choosing. How much of a layer a rank keeps is told by the
     "energy" of its singular values, or by the "accuracy" of the network with this layer alone at five ranks, straight
-    lines between (section 3.2), which takes minutes. `weighted` SVDs lose least in the metric of
-    `samples` training inputs. Layers without a chain (grouped and transposed convolutions, tied weights) stay whole.
+    lines between (section 3.2), which takes minutes. `weighted` SVDs lose least of the layers' outputs
+    to `samples` training inputs. Layers without a chain (grouped and transposed convolutions, tied weights) stay whole.
     The paper leaves the first and the last layer whole, which rules (`keep`) do here.
     """
 
