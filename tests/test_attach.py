@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tersenet.artifact import Artifact, Tensor, load
 from tersenet.packed import Codebook, Sparse, Uniform
 from tersenet.runtime import kernels
 from tersenet.runtime.attaching import attached
+from tersenet.runtime.measure import alone, first_use
 from tersenet.runtime.modules import PackedConv2d, PackedEmbedding, PackedLinear, PackedRecurrent, PackedWeight
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C core was built")
@@ -245,6 +247,24 @@ def test_forked_processes_have_threads_of_their_own():
     assert fresh_process(script).split() == ["True", "True"]
 
 
+def grown(numbers, kept):
+    """By how many bytes a process grows that makes a layer of so many numbers; run in a fresh one."""
+
+    def make():
+        layer = nn.Linear(1000, numbers // 1000, bias=False)
+        return layer if kept else nn.Identity()
+
+    return first_use(make, lambda layer: layer(torch.ones(1000))).memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told on Linux")
+def test_memory_is_that_of_the_process_alone_and_counts_what_was_given_back():
+    room = np.ones(50_000_000)  # 400 MB of this process, of which a child's rusage would tell
+    for kept in (True, False):
+        assert 80e6 <= alone(grown, 20_000_000, kept) < 120e6
+    assert len(room) == 50_000_000
+
+
 def test_bench_prints_what_each_network_takes_and_a_sentence_for_each_layer(tmp_path, case, capsys):
     from tersenet.cli import main
 
@@ -262,5 +282,7 @@ def test_bench_prints_what_each_network_takes_and_a_sentence_for_each_layer(tmp_
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines[1:9]]
     assert [row[0] for row in rows] == 4 * ["1"] + 4 * ["32"]
+    if sys.platform == "linux":
+        assert all(0 <= float(row[-2]) < 100 for row in rows if row[1] in ("dense", "packed") and row[2] != "8-bit")
     assert all(float(row[-1]) < (1e-4 if "packed" in row and "inputs" not in row else 0.1) for row in rows)
     assert sum(line.startswith(("0: 4-bit levels", "2: 4-bit levels")) for line in lines) == 4

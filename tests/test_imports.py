@@ -46,7 +46,7 @@ MAY = {
     "plan": "artifact budget contract draft methods packed promise run strength task where",
     "published": "artifact packed", "export": "artifact codecs container header packed",
     "cli": "cli_files replacing sources targets doctor plan papers report runtime run budget draft artifact codecs"
-           " promise published recipe_file updates export",
+           " promise published recipe_file updates export task_file",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one line says what, where, and what to do).
 """
 
+import functools
 import json
 import math
 import os
@@ -326,9 +327,10 @@ def bench(
 ) -> None:
     """Time the network on packed weights, dense and with torch's own 8 bits, and say why each layer is as it is."""
     from tersenet.runtime.measure import report
+    from tersenet.task_file import task_of
 
     with running(task) as job, about(file):
-        for line in report(load(file), job, threads):
+        for line in report(file, job, functools.partial(task_of, task), threads):
             typer.echo(printable(line))
 
 

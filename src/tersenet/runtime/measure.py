@@ -3,35 +3,81 @@
 import contextlib
 import copy
 import functools
+import math
+import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from tersenet.artifact import Artifact
+from tersenet.artifact import Artifact, load
 from tersenet.runtime.attaching import attached
 from tersenet.task import Task
 
+Found = TypeVar("Found")
+PROCESS = Path("/proc/self")  # where Linux says what this process holds
 ROUNDS, SECONDS = 25, 20.0  # rounds over all networks, fewer where they would take longer
 BATCHES = 1, 32
 
 
-def report(artifact: Artifact, task: Task, threads: int = 1) -> list[str]:
+class Use(NamedTuple):
+    """The first use of a network: seconds until it was made and until it had run, and bytes that it took at most."""
+
+    made: float
+    ran: float
+    memory: float
+
+
+def first_use(make: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> Use:
+    """Make a network and run it once. Memory is by how much this process grows at most, nan where it is not Linux.
+
+    It is told well in a fresh process alone (`alone`): where memory was free already, none is taken.
+    """
+    if PROCESS.exists():
+        (PROCESS / "clear_refs").write_text("5")  # from here on VmHWM counts; rusage has the most of the parent in it
+    before, begun = _memory("VmRSS"), time.perf_counter()
+    network = make()
+    made = time.perf_counter() - begun
+    with torch.inference_mode():
+        run(network)
+    return Use(made, time.perf_counter() - begun, _memory("VmHWM") - before)
+
+
+def _memory(kind: str) -> float:
+    """Bytes of this process."""
+    if not PROCESS.exists():
+        return math.nan
+    line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith(kind))
+    return 1024 * float(line.split()[1])
+
+
+def alone(function: Callable[..., Found], *arguments: Any) -> Found:
+    """What a function of a module says in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def report(file: Path, task: Task, again: Callable[[], Task], threads: int = 1) -> list[str]:
     """Lines: how long each network takes to make and to run, what it holds, and why each layer is as it is.
 
-    Forms are chosen anew for each batch; inputs are the task's. Medians of rounds in which networks take turns.
+    Forms are chosen anew for each batch; inputs are the task's. Medians of rounds in which networks take turns. The
+    peak is of fresh processes, each with a task that `again` makes there: how much more than with the task alone they
+    hold at most while they load the file and run a batch.
     """
-    before = torch.get_num_threads()
+    artifact, before = load(file), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        head = f"{'batch':>5} {'network':<22} {'ms':>9} {'x dense':>8} {'made in ms':>11} {'MB held':>8} {'error':>8}"
-        lines, reasons = [head], list[str]()
+        head = f"{'batch':>5} {'network':<22} {'ms':>9} {'x dense':>8} {'made in ms':>11} {'MB held':>8} {'peak MB':>8}"
+        lines, reasons = [f"{head} {'error':>8}"], list[str]()
         for batch in BATCHES:
-            found, why = _rows(artifact, task, batch)
+            peaks = {name: alone(_once, name, file, again, batch, threads).memory for name in ("dense", "packed")}
+            found, why = _rows(artifact, task, batch, peaks)
             lines += found
             told = (f"{name or 'the network'}: {text}" for name, text in why.items())
             reasons += ["", f"for a batch of {batch}:", *told]
@@ -40,49 +86,68 @@ def report(artifact: Artifact, task: Task, threads: int = 1) -> list[str]:
         torch.set_num_threads(before)
 
 
-def _rows(artifact: Artifact, task: Task, batch: int) -> tuple[list[str], dict[str, str]]:
+def _rows(
+    artifact: Artifact, task: Task, batch: int, peaks: Mapping[str, float]
+) -> tuple[list[str], Mapping[str, str]]:
     """A line for each network, and why each layer is as it is."""
-    with contextlib.closing(task.batches(0, 0, batch)) as batches:
-        inputs = next(batches)[0]
-    networks, why = _networks(artifact, task, batch)
-    outputs = {name: _said(task, model, inputs) for name, (model, _) in networks.items()}
-    spent = in_turn([functools.partial(_said, task, model, inputs) for model, _ in networks.values()])
+    inputs, made = _inputs(task, batch), dict[str, tuple[nn.Module, float]]()
+    for name, make in MAKERS.items():
+        begun = time.perf_counter()
+        model, why = make(artifact, copy.deepcopy(task.model), batch)  # of the last, the reasons stay
+        made[name] = model.eval(), time.perf_counter() - begun
+    outputs = {name: _said(task, model, inputs) for name, (model, _) in made.items()}
+    spent = in_turn([functools.partial(_said, task, model, inputs) for model, _ in made.values()])
     lines = []
-    for (name, (model, made)), seconds in zip(networks.items(), spent, strict=True):
+    for (name, (model, taken)), seconds in zip(made.items(), spent, strict=True):
         error = float((outputs[name] - outputs["dense"]).norm() / outputs["dense"].norm().clamp_min(1e-30))
+        peak = f"{peaks[name] / 1e6:.2f}" if name in peaks else ""
         lines.append(
-            f"{batch:>5} {name:<22} {1e3 * seconds:>9.3f} {spent[0] / seconds:>8.2f} {1e3 * made:>11.1f}"
-            f" {held(model) / 1e6:>8.2f} {error:>8.1e}"
+            f"{batch:>5} {name:<22} {1e3 * seconds:>9.3f} {spent[0] / seconds:>8.2f} {1e3 * taken:>11.1f}"
+            f" {held(model) / 1e6:>8.2f} {peak:>8} {error:>8.1e}"
         )
     return lines, why
 
 
-def _networks(artifact: Artifact, task: Task, batch: int) -> tuple[dict[str, tuple[nn.Module, float]], dict[str, str]]:
-    """By name, each network and the seconds that it took to make."""
-    reasons = dict[str, str]()
+Made: TypeAlias = tuple[nn.Module, Mapping[str, str]]  # a network, and a sentence for each layer
 
-    def packed(activations: int) -> nn.Module:
-        model, why = attached(copy.deepcopy(task.model), artifact.tensors, batch, activations)
-        reasons.update(why)
-        return model.eval()
 
-    def eight_bits() -> nn.Module:
-        with warnings.catch_warnings(action="ignore"):
-            dynamic: Any = torch.ao.quantization.quantize_dynamic  # of linear and recurrent layers
-            return dynamic(artifact.into(copy.deepcopy(task.model)).eval(), dtype=torch.qint8)  # type: ignore[no-any-return]
+def _dense(artifact: Artifact, model: nn.Module, batch: int) -> Made:
+    return artifact.into(model), {}
 
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "dense": lambda: artifact.into(copy.deepcopy(task.model)).eval(),
-        "torch's dynamic int8": eight_bits,
-        "packed, 8-bit inputs": lambda: packed(8),
-        "packed": lambda: packed(24),  # the last, whose reasons stay
-    }
-    made = dict[str, tuple[nn.Module, float]]()
-    for name, make in makers.items():
-        begun = time.perf_counter()
-        model = make()
-        made[name] = model, time.perf_counter() - begun
-    return made, reasons
+
+def _eight_bits(artifact: Artifact, model: nn.Module, batch: int) -> Made:
+    with warnings.catch_warnings(action="ignore"):
+        dynamic: Any = torch.ao.quantization.quantize_dynamic  # of linear and recurrent layers
+        return dynamic(artifact.into(model).eval(), dtype=torch.qint8), {}
+
+
+def _packed(artifact: Artifact, model: nn.Module, batch: int, activations: int = 24) -> Made:
+    return attached(model, artifact.tensors, batch, activations)
+
+
+MAKERS: dict[str, Callable[[Artifact, nn.Module, int], Made]] = {
+    "dense": _dense,
+    "torch's dynamic int8": _eight_bits,
+    "packed, 8-bit inputs": functools.partial(_packed, activations=8),
+    "packed": _packed,
+}
+
+
+def _inputs(task: Task, batch: int) -> Any:
+    with contextlib.closing(task.batches(0, 0, batch)) as batches:
+        return next(batches)[0]
+
+
+def _once(name: str, file: Path, again: Callable[[], Task], batch: int, threads: int) -> Use:
+    """The first use of one of the networks."""
+    torch.set_num_threads(threads)
+    task = again()
+    inputs = _inputs(task, batch)
+
+    def made() -> nn.Module:
+        return MAKERS[name](load(file), task.model, batch)[0].eval()
+
+    return first_use(made, lambda model: _said(task, model, inputs))
 
 
 def _said(task: Task, model: nn.Module, inputs: Any) -> torch.Tensor:
