@@ -1,49 +1,57 @@
 """Products and networks on packed weights, against dense torch, torch's int8, onnxruntime and SciPy.
 
-Run: make bench NAME=runtime (or: python bench/runtime.py [ROUNDS]). Layers: milliseconds of the calling thread's CPU
-clock at one thread, by the wall clock at two; least and median of rounds in which all take turns, weights in turn from
-copies of LARGE bytes in all, so that they come from memory as in a network. Networks: by the wall clock, with the
-largest memory of a process that loads the file and runs it once.
+Run: make bench NAME=runtime (or: python bench/runtime.py [PART [NAME ...]]) with parts networks, of which some may be
+named, fully_connected and layers; without arguments all of them. Rows that are not run again are kept.
+
+Layers: milliseconds of the calling thread's CPU clock at one thread, by the wall clock at two; least and median of
+ROUNDS in which all take turns, weights in turn from copies of LARGE bytes in all, so that they come from memory as in a
+network. Networks: by the wall clock, and by how many bytes a fresh process grows that has the module and an input
+already, loads the file and runs it once. MiniLM needs its package, which minilm.py says how to install.
 """
 
 import functools
-import os
+import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from table import DATA, real_data, write
+from safetensors.torch import load_file
+from table import DATA, ROOT, keep, real_data
 from torch import nn
 
-from tersenet import native
+from tersenet import Budget, compress, native
 from tersenet.artifact import Artifact, Tensor, load
+from tersenet.methods import uniform
 from tersenet.packed import Codebook, Sparse, Tree, Uniform, unpack
-from tersenet.published import deep_compression, squeezenet
+from tersenet.published import deep_compression, repacked, squeezenet
 from tersenet.runtime import kernels
 from tersenet.runtime.forms import Form
+from tersenet.runtime.measure import Use, alone, first_use
+from tersenet.stages.pack import Narrow, Pack
 
-LARGE, SHAPES, BATCHES = 128 << 20, ((4096, 4096), (1024, 4096)), (1, 32)
+ROUNDS, LARGE, SHAPES, BATCHES = 25, 128 << 20, ((4096, 4096), (1024, 4096)), (1, 32)
+TOKENS = 32  # of a sentence
 # Rows, columns and density of the fully connected layers of Deep Compression's AlexNet and VGG-16 (Han et al. 2016).
 FULLY_CONNECTED = {
     "AlexNet fc6": (4096, 9216, 0.09), "AlexNet fc7": (4096, 4096, 0.09), "AlexNet fc8": (1000, 4096, 0.25),
     "VGG-16 fc6": (4096, 25_088, 0.04), "VGG-16 fc7": (4096, 4096, 0.04), "VGG-16 fc8": (1000, 4096, 0.23),
 }  # fmt: skip
 Action = Callable[[], object]
+Row = dict[str, Any]
 
 
-def timed(actions: dict[str, Sequence[Action]], rounds: int, threads: int) -> dict[str, tuple[float, float]]:
+def timed(actions: dict[str, Sequence[Action]], threads: int) -> dict[str, tuple[float, float]]:
     """Least and median milliseconds of one of the actions that each name has, of rounds in which all take turns."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     spent: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, copies in actions.items():
             begun = clock()
             for action in copies:
@@ -173,7 +181,7 @@ def scipy_actions(tree: Tree, x: Any) -> list[Action]:
     return [functools.partial(matrix.copy().__matmul__, across) for _ in range(copies(matrix.data.nbytes))]
 
 
-def rows_of(layer: str, batch: int, threads: int, spent: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+def rows_of(layer: str, batch: int, threads: int, spent: dict[str, tuple[float, float]]) -> list[Row]:
     least, median = spent["torch float32"]
     return [
         {
@@ -185,9 +193,9 @@ def rows_of(layer: str, batch: int, threads: int, spent: dict[str, tuple[float, 
     ]  # fmt: skip
 
 
-def layers(rounds: int) -> list[dict[str, Any]]:
+def layers() -> Iterator[Row]:
     """Every form and every peer."""
-    rng, rows = np.random.default_rng(0), list[dict[str, Any]]()
+    rng = np.random.default_rng(0)
     for shape in SHAPES:
         weight, own = floats(rng, *shape), trees(rng, shape)
         for batch in BATCHES:
@@ -201,14 +209,12 @@ def layers(rounds: int) -> list[dict[str, Any]]:
                     actions[f"ours, {name}"] = packed_actions(form, x, threads)
                     if threads == 1 and name in ("sparse 80 %", "sparse 90 %", "sparse 95 %"):
                         actions[f"SciPy CSR, {name}"] = scipy_actions(tree, x)
-                rows += rows_of(f"{shape[0]} x {shape[1]}", batch, threads, timed(actions, rounds, threads))
-                print(*rows[-len(actions) :], sep="\n", flush=True)
-    return rows
+                yield from rows_of(f"{shape[0]} x {shape[1]}", batch, threads, timed(actions, threads))
 
 
-def fully_connected(rounds: int) -> list[dict[str, Any]]:
+def fully_connected() -> Iterator[Row]:
     """AlexNet's and VGG's at Deep Compression's densities, one input."""
-    rng, rows = np.random.default_rng(0), list[dict[str, Any]]()
+    rng = np.random.default_rng(0)
     torch.set_num_threads(1)
     for name, (height, width, part) in FULLY_CONNECTED.items():
         tree, x = sparse(rng, (height, width), part, 32), floats(rng, 1, width)
@@ -218,122 +224,140 @@ def fully_connected(rounds: int) -> list[dict[str, Any]]:
             "torch float32": [functools.partial(nn.functional.linear, dense[1], dense[0])],
             f"ours, {choice.why}": packed_actions(choice.form, x, 1) if choice.form else [],
         }
-        rows += rows_of(name, 1, 1, timed({n: a for n, a in actions.items() if a}, rounds, 1))
-    return rows
-
-
-ONE = """
-import resource, sys, time
-import torch
-torch.set_num_threads(1)
-sys.path[:0] = sys.argv[1:3]
-import runtime
-import tersenet.runtime.attaching
-from tersenet import load
-name, way, path = sys.argv[3:]
-model, inputs = runtime.module_of(name), runtime.inputs_of(name, 1)
-def held():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-before, begun = held(), time.perf_counter()
-if way == "torch.load":
-    model.load_state_dict(torch.load(path))
-else:
-    artifact = load(path)
-    model = artifact.attach(model) if way == "attach" else artifact.into(model)
-loaded = time.perf_counter() - begun
-with torch.inference_mode():
-    model(inputs)
-first = time.perf_counter() - begun
-print(loaded, first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
-"""
+        yield from rows_of(name, 1, 1, timed({n: a for n, a in actions.items() if a}, 1))
 
 
 def module_of(name: str) -> nn.Module:
-    if name == "deep_compression_squeezenet":
-        sys.path.insert(0, str(DATA))
-        from published import DeepCompressionSqueezeNet
-
-        network: nn.Module = DeepCompressionSqueezeNet()
-        return network.eval()
     _, models = real_data()
+    if name == "minilm":
+        import minilm
+
+        return minilm.load()
+    if name in ("deep_compression_squeezenet", "pq_resnet50"):
+        from published import DeepCompressionSqueezeNet, PQResNet
+
+        network: nn.Module = PQResNet.load(50) if name == "pq_resnet50" else DeepCompressionSqueezeNet()
+        return network.eval()
     model: nn.Module = models.load(name)
     return model.eval()
 
 
-def inputs_of(name: str, batch: int) -> torch.Tensor:
-    size = {"lenet5": (1, 28, 28), "lenet300": (784,), "resnet20": (3, 32, 32), "resnet56": (3, 32, 32)}
-    return torch.randn(batch, *size.get(name, (3, 224, 224)), generator=torch.Generator().manual_seed(0))
+def inputs_of(name: str, batch: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    if name == "minilm":
+        ids = torch.randint(1000, 30_000, (batch, TOKENS), generator=generator)
+        return ids, torch.ones_like(ids)
+    size = {"lenet5": (1, 28, 28), "lenet300": (784,), "resnet20": (3, 32, 32)}
+    return (torch.randn(batch, *size.get(name, (3, 224, 224)), generator=generator),)
 
 
-def pruned(model: nn.Module, part: float) -> Artifact:
-    """Weights of largest magnitude alone; only speed is asked of these."""
+def pruned(name: str) -> Artifact:
+    """The 8 % of weights that are largest alone; only speed is asked of these."""
     tensors = {}
-    for name, value in model.state_dict().items():
+    for part, value in module_of(name).state_dict().items():
         w = value.numpy().copy()
-        mask = np.abs(w) > np.quantile(np.abs(w), 1 - part) if w.ndim > 1 else None
-        tensors[name] = Tensor(w if mask is None else Sparse(mask, w[mask]), str(w.dtype))
+        mask = np.abs(w) > np.quantile(np.abs(w), 0.92) if w.ndim > 1 else None
+        tensors[part] = Tensor(w if mask is None else Sparse(mask, w[mask]), str(w.dtype))
     return Artifact(tensors)
 
 
-def published() -> Artifact:
+def published(_: str) -> Artifact:
     """Deep Compression's own SqueezeNet, with the module's names."""
     artifact = deep_compression((DATA / "models" / "deep_compression_squeezenet.net").read_bytes(), squeezenet())
     return Artifact({"_".join(n.split(".")[:-1]) + n[n.rindex(".") :]: t for n, t in artifact.tensors.items()})
 
 
-def networks(rounds: int) -> list[dict[str, Any]]:
-    """Whole networks from their files: pruned LeNets, published ones, and by the default path at four bits a weight."""
-    from tersenet import Budget, compress
+def product_quantized(name: str) -> Artifact:
+    """The authors' own ResNet-50; the norms' means and variances, which are folded, are the module's."""
+    state = module_of(name).state_dict()
+    stored = repacked(load_file(DATA / "models" / f"{name}.safetensors"), {n: tuple(v.shape) for n, v in state.items()})
+    rest = {n: Tensor(v.numpy(), str(v.dtype).removeprefix("torch.")) for n, v in state.items()}
+    return Artifact({n: stored.tensors.get(n, rest[n]) for n in state})
 
-    rows = list[dict[str, Any]]()
+
+def eight_bits(name: str) -> Artifact:
+    """Levels of eight bits by row."""
+    return compress(dict(module_of(name).state_dict()), (Pack(uniform.Uniform(8, by_row=True)), Narrow())).artifact
+
+
+def by_default(name: str) -> Artifact:
+    """Four bits a weight by the default path."""
+    return compress(dict(module_of(name).state_dict()), budget=Budget(ratio=8)).artifact
+
+
+NETWORKS: dict[str, Callable[[str], Artifact]] = {
+    "lenet300": pruned, "lenet5": pruned, "deep_compression_squeezenet": published, "pq_resnet50": product_quantized,
+    "resnet20": by_default, "squeezenet11": by_default, "mobilenetv2": by_default, "minilm": eight_bits,
+}  # fmt: skip
+
+
+def networks(*names: str) -> Iterator[Row]:
+    """Whole networks from their files."""
     torch.set_num_threads(1)
-    made: dict[str, Callable[[], Artifact]] = {
-        "lenet300": lambda: pruned(module_of("lenet300"), 0.08),
-        "lenet5": lambda: pruned(module_of("lenet5"), 0.08),
-        "deep_compression_squeezenet": published,
-        **{
-            name: functools.partial(
-                lambda name: compress(dict(module_of(name).state_dict()), budget=Budget(ratio=8)).artifact, name
-            )
-            for name in ("resnet20", "squeezenet11", "mobilenetv2")
-        },
-    }
-    for name, make in made.items():
+    for name in names or NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
             path, plain = Path(folder) / "n.terse", Path(folder) / "n.pt"
-            make().save(path)
+            NETWORKS[name](name).save(path)
             artifact = load(path)
             dense = artifact.into(module_of(name))
             torch.save(dense.state_dict(), plain)
             for batch in BATCHES:
-                packed, x = artifact.attach(module_of(name), batch), inputs_of(name, batch)
+                x = inputs_of(name, batch)
+                packed = artifact.attach(module_of(name), batch * (TOKENS if name == "minilm" else 1))
                 with torch.inference_mode():
-                    wanted, found = dense(x), packed(x)
+                    wanted, found = dense(*x), packed(*x)
                     error = float((found - wanted).norm() / wanted.norm())
-                    actions = {"torch float32": [functools.partial(dense, x)], "ours": [functools.partial(packed, x)]}
-                    spent = timed(actions, rounds, 2)
+                    assert error < 1e-4, f"{name}: outputs differ by {error}"
+                    actions = {"torch float32": [functools.partial(dense, *x)], "ours": [functools.partial(packed, *x)]}
+                    spent = timed(actions, 2)
                 more = {"bytes": path.stat().st_size, "output_error": error}
-                rows += [{"network": name, **more, **row} for row in rows_of("whole", batch, 1, spent)]
+                yield from ({"network": name, **more, **row} for row in rows_of("whole", batch, 1, spent))
             for way, file in (("attach", path), ("into", path), ("torch.load", plain)):
-                found = [alone(name, way, file) for _ in range(3)]
-                loaded, first, memory = (statistics.median(part) for part in zip(*found, strict=True))
-                figures: dict[str, Any] = {"load_ms": round(1e3 * loaded, 1), "first_ms": round(1e3 * first, 1)}
-                rows.append(
-                    {"network": name, "way": way, **figures, "memory": round(memory), "peer": way == "torch.load"}
-                )
-            print(*rows[-2 * len(BATCHES) - 3 :], sep="\n", flush=True)
-    return rows
+                uses = [alone(once, name, way, file) for _ in range(3)]
+                loaded, first, memory = (statistics.median(part) for part in zip(*uses, strict=True))
+                figures: Row = {"load_ms": round(1e3 * loaded, 1), "first_ms": round(1e3 * first, 1)}
+                yield {"network": name, "way": way, **figures, "memory": round(memory), "peer": way == "torch.load"}
 
 
-def alone(name: str, way: str, path: Path) -> list[float]:
-    """Seconds to load and until the first outputs are there, and how much memory grew, in a fresh process."""
-    places = [str(Path(__file__).parent), str(DATA)]
-    command = [sys.executable, "-c", ONE, *places, name, way, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    return [float(word) for word in done.stdout.split()]
+def once(name: str, way: str, path: Path) -> Use:
+    """The first use of a network, for one input."""
+    torch.set_num_threads(1)
+    module, x = module_of(name), inputs_of(name, 1)
+
+    def made() -> nn.Module:
+        if way == "torch.load":
+            module.load_state_dict(torch.load(path))
+            return module
+        network: nn.Module = load(path).attach(module) if way == "attach" else load(path).into(module)
+        return network
+
+    return first_use(made, lambda network: network(*x))
+
+
+PARTS: dict[str, Callable[..., Iterator[Row]]] = {
+    "networks": networks, "fully_connected": fully_connected, "layers": layers
+}  # fmt: skip
+
+
+def place(row: Row) -> tuple[int, int]:
+    """Where a row stands: the number of its part, and of networks its own."""
+    if "network" in row:
+        return 0, list(NETWORKS).index(row["network"])
+    return (1 if row["layer"] in FULLY_CONNECTED else 2), 0
+
+
+def main(part: str | None = None, *names: str) -> None:
+    path = ROOT / "bench/results/runtime.json"
+    for name in [part] if part else PARTS:
+        rows = []
+        for row in PARTS[name](*names):
+            rows.append(row)
+            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        again = {place(row) for row in rows}
+        rows += [row for row in json.loads(path.read_text())["rows"] if place(row) not in again]
+        keep("runtime", sorted(rows, key=place))
 
 
 if __name__ == "__main__":
-    rounds = int((*sys.argv, 25)[1])
     assert native.library() is not None
-    write("runtime", [*networks(rounds), *fully_connected(rounds), *layers(rounds)])
+    main(*sys.argv[1:])
