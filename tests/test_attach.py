@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 import sys
 
@@ -11,8 +12,11 @@ import torch
 from conftest import fresh_process
 from torch import nn
 
-from tersenet import native
-from tersenet.artifact import Artifact, Tensor, load
+import tersenet as tn
+from tersenet import FormatError, native
+from tersenet.activations import calibrated, into
+from tersenet.artifact import Artifact, Section, Tensor, load
+from tersenet.methods.fixed_point import FixedPoint
 from tersenet.packed import Codebook, Sparse, Uniform
 from tersenet.runtime import kernels
 from tersenet.runtime.attaching import attached
@@ -154,6 +158,68 @@ def test_operators_are_as_torch_asks_of_them(case):
     torch.library.opcheck(torch.ops.tersenet.product.default, args, test_utils=checks)
 
 
+def rounding(artifact, formats):
+    """The file with a section that tells in which fixed point layers take and give values."""
+    told = Section(json.dumps(formats).encode())
+    return load(Artifact(artifact.tensors, sections={"activations": told}).to_bytes())
+
+
+def formats_for(model, inputs):
+    task = tn.Task(model, train=(inputs, torch.zeros(len(inputs[0]))))
+    return calibrated(task, model, [], 8, len(inputs[0]))
+
+
+@pytest.mark.parametrize("pack", [sparse, levels, shared])
+def test_where_the_file_rounds_what_layers_take_and_give_so_does_the_network(pack, case):
+    model, inputs = case
+    artifact = stored(model, pack)
+    file = rounding(artifact, formats_for(artifact.into(copy.deepcopy(model)), inputs))
+    packed, wanted = file.attach(copy.deepcopy(model)), into(file, copy.deepcopy(model))
+    assert isinstance(packed.first, PackedLinear) and isinstance(packed.near, PackedConv2d)
+    with torch.no_grad():
+        found, expected, floats = packed(*inputs), wanted(*inputs), file.into(model)(*inputs)
+        for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+            assert torch.equal(other(*inputs), found)
+    # what lies on the edge between two steps may fall to either side
+    assert (found - expected).norm() < 0.1 * (floats - expected).norm()
+
+
+def test_fixed_point_is_multiplied_as_it_is_and_nothing_is_lost():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 50), nn.ReLU(), nn.Linear(50, 9)).eval()
+    x = torch.randn(40, 70)
+    tensors = {name: Tensor(FixedPoint(8).pack(value.numpy())) for name, value in model.state_dict().items()}
+    formats = formats_for(Artifact(tensors).into(copy.deepcopy(model)), (x,))
+    file = rounding(Artifact(tensors), formats)
+    packed, dense = file.attach(copy.deepcopy(model)), into(file, copy.deepcopy(model))
+    assert "times inputs of 8 bits as they are" in str(packed[0]) and "as they are" in str(packed[2])
+    with torch.no_grad():
+        assert torch.equal(packed(4 * x), dense(4 * x))  # also where it saturates
+        x[3, 5] = torch.nan
+        assert torch.equal(packed(x).isnan(), dense(x).isnan()) and packed(x)[3].isnan().all()
+        batch = {0: torch.export.Dim("batch", min=2, max=64)}
+        exported = torch.export.export(packed, (x,), dynamic_shapes=(batch,)).module()
+        assert torch.equal(exported(x[:3]), dense(x[:3]))
+
+
+def test_more_bits_than_eight_are_multiplied_as_floats_are(case):
+    layer = nn.Linear(10, 6)
+    file = rounding(stored(layer, levels), {"": [12, 9, 9]})
+    packed, dense = file.attach(nn.Linear(10, 6)), into(file, layer)
+    x = torch.randn(200, 10)
+    assert "times inputs of 24 bits" in str(packed) and ((packed(x) - dense(x)).abs() <= 2.0**-9).all()
+    assert (packed(x) == dense(x)).double().mean() > 0.99
+
+
+def test_a_section_that_does_not_fit_the_network_is_refused(case):
+    model, _ = case
+    artifact = stored(model, levels)
+    with pytest.raises(ValueError, match="other: activations of this layer are to be rounded, but the model lacks it"):
+        rounding(artifact, {"other": [8, 3, 3]}).attach(copy.deepcopy(model))
+    with pytest.raises(FormatError, match="first: its activations have 2 to 16 bits"):
+        rounding(artifact, {"first": [1, 3, 3]}).attach(copy.deepcopy(model))
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
 def test_states_of_recurrent_layers_go_in_and_come_out(kind, settings):
@@ -215,7 +281,7 @@ def test_layers_that_their_parent_reads_or_that_have_hooks_stay_as_they_are():
     model[1].register_forward_hook(lambda *_: seen.append(1))
     artifact = stored(model, levels)
     dense = artifact.into(copy.deepcopy(model))
-    packed, why = attached(model, artifact.tensors)
+    packed, why = attached(model, artifact)
     assert {name for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)} == {"2"}
     assert "its parent reads its weight" in why["0.linear1"] and "hooks" in why["1"]
     x = torch.randn(2, 3, 8)

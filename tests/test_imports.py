@@ -38,7 +38,7 @@ MAY = {
     "recipe_file": "papers stages methods allocators run where",
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
-    "runtime": "packed artifact native cores container norms task", "threelc": "codecs",
+    "runtime": "activations packed artifact native cores container norms task", "threelc": "codecs",
     "report": "artifact container journal packed structure",
     "notebook": "artifact", "cli_files": "codecs task_file",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",

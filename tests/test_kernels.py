@@ -125,6 +125,23 @@ def test_inputs_of_more_bits_say_more_exactly_what_floats_say(activations, error
     assert np.linalg.norm(found - expected) < error * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("name", weights())
+def test_inputs_in_fixed_point_are_multiplied_as_they_are(name, forced, path):
+    tree, _ = weights()[name]
+    form = kernels.choose(tree, fixed=(8, 5)).form
+    weight = np.asarray(unpack(tree)).reshape(tree.shape[0], -1)
+    x = np.random.default_rng(1).integers(-128, 128, (9, weight.shape[1])).astype(np.float32) / 32
+    found, expected = form.product(x, 2), x @ weight.T
+    assert np.linalg.norm(found - expected) <= 2e-6 * np.linalg.norm(expected)
+    if isinstance(form, Levels) and not form.factor.size:
+        assert form.planes == 1
+        x[2, -1], x[4, 0] = 128 / 32, np.nan  # which are not of eight bits
+        other = form.product(x)
+        assert np.isnan(other[[2, 4]]).all() and np.array_equal(
+            np.delete(other, [2, 4], 0), np.delete(found, [2, 4], 0)
+        )
+
+
 def test_levels_times_integers_are_exact(path):
     rng = np.random.default_rng(3)
     for low, high, n in ((0, 256, 16_384), (0, 16, 300), (0, 4, 31)):

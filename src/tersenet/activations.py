@@ -5,6 +5,7 @@ rounded half to even and saturated (`methods/fixed_point.py`). A file has them i
 the name of each layer [b, f of its inputs, f of its outputs]. Sums within an operation are of the network's own type.
 """
 
+import functools
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,9 +43,14 @@ def quantized(model: nn.Module, formats: Formats) -> nn.Module:
 
     Raises ValueError where it lacks such a layer.
     """
-    model = duplicate(model)
+    return rounding(duplicate(model), formats)
+
+
+def rounding(model: nn.Module, formats: Formats) -> nn.Module:
+    """The module itself, whose layers from now on do so; it can be copied and pickled as before."""
     for name, (bits, taken, given) in formats.items():
-        hook(_layer(model, name), _rounding(bits, taken), _rounding(bits, given))
+        into, out = (functools.partial(_fixed, bits, fraction) for fraction in (taken, given))
+        hook(_layer(model, name), into, out)
     return model
 
 
@@ -92,16 +98,20 @@ def calibrated(task: Task, model: nn.Module, weights: Iterable[str], bits: int, 
 
 def hook(layer: nn.Module, taking: Any, giving: Any) -> None:
     """Change what a layer takes and what it gives, each floating-point tensor of it by itself."""
-
-    def before(_: nn.Module, args: Any, given: Any) -> Any:
-        return mapped(args, taking), mapped(given, taking)
-
-    layer.register_forward_pre_hook(before, with_kwargs=True)
-    layer.register_forward_hook(lambda _, args, out: mapped(out, giving))
+    layer.register_forward_pre_hook(functools.partial(_before, taking), with_kwargs=True)
+    layer.register_forward_hook(functools.partial(_behind, giving))
 
 
-def _rounding(bits: int, fraction: int) -> Any:
-    return lambda x: rounded(x, bits, fraction) if x.is_floating_point() else x
+def _before(taking: Any, _: nn.Module, args: Any, given: Any) -> Any:
+    return mapped(args, taking), mapped(given, taking)
+
+
+def _behind(giving: Any, _: nn.Module, args: Any, out: Any) -> Any:
+    return mapped(out, giving)
+
+
+def _fixed(bits: int, fraction: int, x: Tensor) -> Tensor:
+    return rounded(x, bits, fraction) if x.is_floating_point() else x
 
 
 def _measuring(tops: dict[str, list[float]], name: str, side: int) -> Any:

@@ -156,12 +156,14 @@ class Artifact(Mapping[str, Tree]):
         """Load the tensors into a torch module, whose layers then run on packed weights where that is faster.
 
         It says what `into` says, up to rounding, with inputs of integer products of 24 bits; with 16 or 8 `activations`
-        it is faster and says less exactly what it says. Forms are chosen for a `batch` of rows at a time
-        (`docs/runtime.md`). The module runs forward only, on the CPU. Raises as `into` does.
+        it is faster and says less exactly what it says. Where the file rounds what layers take and give
+        (`activations.py`), so does the module. Forms are chosen for a `batch` of rows at a time (`docs/runtime.md`).
+        The module runs forward only, on the CPU. Raises as `into` does, and `FormatError` for a section "activations"
+        that says nothing.
         """
         from tersenet.runtime.attaching import attached
 
-        return attached(module, self.tensors, batch, activations)[0]
+        return attached(module, self, batch, activations)[0]
 
     def realise(self, module: Any) -> Any:
         """A copy of a torch module with the tensors in it, whose sliced layers are smaller and factored ones chains.

@@ -1,11 +1,12 @@
 """Which layers of a network run on packed weights, and the network with these in place of its own."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from tersenet.activations import Formats, formats_of, rounding
 from tersenet.artifact import Artifact
 from tersenet.container import Tensor
 from tersenet.norms import folded_norms, hold
@@ -17,9 +18,12 @@ READ_BY_PARENTS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # which r
 
 
 def packed_layers(
-    module: nn.Module, tensors: Mapping[str, Tensor], batch: int = 1, activations: int = 24
+    module: nn.Module, tensors: Mapping[str, Tensor], batch: int, activations: int, formats: Formats
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers of a module that run on packed weights, by name, and a sentence for each layer that has a weight."""
+    """The layers of a module that run on packed weights, by name, and a sentence for each layer that has a weight.
+
+    `formats` are those in which layers take and give values, as a file has them.
+    """
     layers, why = dict[str, nn.Module](), dict[str, str]()
     parents = [parent for parent in module.modules() if isinstance(parent, READ_BY_PARENTS)]
     read = {id(layer) for parent in parents for layer in parent.children()}
@@ -33,7 +37,7 @@ def packed_layers(
             why[name] = f"dense: {reason}"
             continue
         trees = {part: tensor.tree for part, tensor in own.items() if part.startswith("weight")}
-        made, why[name] = make(layer, trees, batch, activations)
+        made, why[name] = make(layer, trees, batch, activations, formats.get(name))
         if made is not None:
             layers[name] = made.train(layer.training)
     return layers, why
@@ -51,15 +55,19 @@ def _left(layer: nn.Module, own: Mapping[str, Tensor], read: bool) -> str:
     return ""
 
 
-def _linear(layer: Any, trees: Mapping[str, Tree], batch: int, activations: int) -> tuple[nn.Module | None, str]:
-    choice = kernels.choose(trees["weight"], batch, activations)
+Made: TypeAlias = tuple[nn.Module | None, str]
+Fixed: TypeAlias = Sequence[int] | None
+
+
+def _linear(layer: Any, trees: Mapping[str, Tree], batch: int, activations: int, fixed: Fixed) -> Made:
+    choice = kernels.choose(trees["weight"], batch, activations, fixed[:2] if fixed else None)
     if choice.form is None:
         return None, choice.why
     weight = PackedWeight(choice.form, choice.why, layer.out_features, layer.in_features)
     return PackedLinear(layer, weight), choice.why
 
 
-def _conv2d(layer: Any, trees: Mapping[str, Tree], batch: int, activations: int) -> tuple[nn.Module | None, str]:
+def _conv2d(layer: Any, trees: Mapping[str, Tree], batch: int, activations: int, fixed: Fixed) -> Made:
     if layer.groups > 1 or layer.padding_mode != "zeros":
         return None, "dense: convolutions in groups, or padded by other than zeros, are not executed"
     choice = kernels.convolution(trees["weight"])
@@ -69,7 +77,7 @@ def _conv2d(layer: Any, trees: Mapping[str, Tree], batch: int, activations: int)
     return PackedConv2d(layer, PackedWeight(choice.form, choice.why, layer.out_channels, columns)), choice.why
 
 
-def _embedding(layer: Any, trees: Mapping[str, Tree], batch: int, activations: int) -> tuple[nn.Module | None, str]:
+def _embedding(layer: Any, trees: Mapping[str, Tree], batch: int, activations: int, fixed: Fixed) -> Made:
     tree = trees["weight"]
     if layer.max_norm is not None:
         return None, "dense: it scales its rows to max_norm"
@@ -80,7 +88,7 @@ def _embedding(layer: Any, trees: Mapping[str, Tree], batch: int, activations: i
     return None, "dense: its rows cannot be looked up by themselves"
 
 
-def _recurrent(layer: Any, trees: Mapping[str, Tree], batch: int, activations: int) -> tuple[nn.Module | None, str]:
+def _recurrent(layer: Any, trees: Mapping[str, Tree], batch: int, activations: int, fixed: Fixed) -> Made:
     if getattr(layer, "proj_size", 0) or layer.dropout:
         return None, "dense: recurrent layers with projections or dropout are not executed"
     choices = {name: kernels.choose(tree, batch, activations) for name, tree in trees.items()}
@@ -114,9 +122,10 @@ def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def attached(
-    module: nn.Module, tensors: Mapping[str, Tensor], batch: int = 1, activations: int = 24
+    module: nn.Module, artifact: Artifact, batch: int = 1, activations: int = 24
 ) -> tuple[nn.Module, dict[str, str]]:
     """`Artifact.attach`, and a sentence for each layer that has a weight."""
+    tensors, formats = artifact.tensors, formats_of(artifact)
     state = {n: v for n, v in module.state_dict().items() if n.rpartition(".")[2] != "_extra_state"}
     if wrong := sorted(set(state) ^ set(tensors)):
         where = "the file" if wrong[0] in tensors else "the module"
@@ -124,7 +133,7 @@ def attached(
     for name, value in state.items():
         if tensors[name].shape != tuple(value.shape):
             raise RuntimeError(f"{name}: the file has {list(tensors[name].shape)}, the module {list(value.shape)}")
-    layers, why = packed_layers(module, tensors, batch, activations)
+    layers, why = packed_layers(module, tensors, batch, activations, formats)
     taken = {
         f"{name}.{part}".lstrip(".")
         for name in layers
@@ -136,4 +145,4 @@ def attached(
             if name not in taken:
                 value.copy_(Artifact({name: tensors[name]}).state_dict()[name])
     hold(module, folded_norms(tensors))
-    return replaced(module, layers), why
+    return rounding(replaced(module, layers), formats), why

@@ -169,6 +169,7 @@ class Levels(Form):
     group: int
     shift: int
     planes: int
+    step: float = 0.0  # of which inputs are multiples, from -128 to 127 of one byte; 0: of each the largest sets it
 
     def product(self, x: Array, threads: int = 1) -> Array:
         x = inputs(x, self.columns)
@@ -179,10 +180,23 @@ class Levels(Form):
         steps: Array = np.empty(count, np.float64)
         y: Array = np.empty((count, self.rows), np.float32)
         factor, offset = (part if part.size else None for part in (self.factor, self.offset))
-        called("levels_digits", x, factor, count, self.columns, self.group, width, self.planes, digits, sums, steps)
+        if self.step:
+            digits, sums, steps = self._fixed(x, groups, width)
+        else:
+            called("levels_digits", x, factor, count, self.columns, self.group, width, self.planes, digits, sums, steps)
         head = (self.weights, self.bits, self.rows, groups, width, self.scale, offset, self.shift, digits, sums, steps)
         self.spread("levels_product", blocks, threads, (*head, count, self.planes), y, native.simd())
         return y
+
+    def _fixed(self, x: Array, groups: int, width: int) -> tuple[Array, Array, Array]:
+        """What `terse_levels_digits` says, of inputs in fixed point. A row that has others gives NaN."""
+        q = np.rint(np.divide(x, self.step, dtype=np.float64))
+        fits = ((q >= -128) & (q <= 127)).all(1)
+        q = np.where(fits[:, None], q, 0).astype(np.int8)
+        parts = np.pad(q, ((0, 0), (0, groups * self.group - self.columns))).reshape(len(x), groups, self.group)
+        digits: Array = np.zeros((len(x), groups * width + 64), np.int8)
+        digits[:, : groups * width] = np.pad(parts, ((0, 0), (0, 0), (0, width - self.group))).reshape(len(x), -1)
+        return digits, parts.sum(2, dtype=np.int32)[:, None], np.where(fits, self.step, np.nan)
 
 
 @dataclass(frozen=True, eq=False)

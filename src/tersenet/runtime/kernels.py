@@ -4,8 +4,8 @@ A tree that is in no row, or for which nothing is faster, becomes dense once. St
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,10 +67,11 @@ class Choice:
     why: str
 
 
-def choose(tree: Tree, batch: int = 1, activations: int = 24) -> Choice:
+def choose(tree: Tree, batch: int = 1, activations: int = 24, fixed: Sequence[int] | None = None) -> Choice:
     """The form that a product of [batch, columns] with the rows of a tree is expected to be fastest in.
 
-    Rows are the first axis, columns all others. Inputs of integer products have 8, 16 or 24 bits.
+    Rows are the first axis, columns all others. Inputs of integer products have 8, 16 or 24 bits; of those that are
+    `fixed` point already, so many bits with so many of them behind the point, eight or fewer are taken as they are.
     """
     if activations not in (8, 16, 24):
         raise ValueError(f"activations have 8, 16 or 24 bits, not {activations}")
@@ -82,11 +83,24 @@ def choose(tree: Tree, batch: int = 1, activations: int = 24) -> Choice:
     form = make(tree, activations // 8) if make else _mostly_zeros(tree)
     if form is None:
         return Choice(None, f"dense: {_named(tree)} has no form that is executed")
+    if fixed and fixed[0] <= 8:
+        form = _of_fixed(form, 2.0 ** -fixed[1])
     cost = nanoseconds(form, batch)
     told = f"about {cost / 1000:,.0f} us for a batch of {batch}, dense {dense / 1000:,.0f} us"
     if cost > dense:
         return Choice(None, f"dense: {described(form)} would take {told}")
     return Choice(form, f"{described(form)}: {told}")
+
+
+def _of_fixed(form: Form, step: float) -> Form:
+    """The form for inputs that are multiples of a step, from -128 to 127 of it."""
+    if isinstance(form, Levels) and not form.factor.size:
+        return replace(form, planes=1, step=step)
+    if isinstance(form, Sum):
+        return replace(form, forms=tuple(_of_fixed(part, step) for part in form.forms))
+    if isinstance(form, Chain):
+        return replace(form, forms=(_of_fixed(form.forms[0], step), *form.forms[1:]))
+    return replace(form, form=_of_fixed(form.form, step)) if isinstance(form, Part) else form
 
 
 def described(form: Form) -> str:
@@ -99,7 +113,8 @@ def described(form: Form) -> str:
     if isinstance(form, Levels):
         groups = form.scale.shape[1]
         by = f" in {groups} groups" if groups > 1 else ""
-        return f"{form.bits}-bit levels{by} times inputs of {8 * form.planes} bits"
+        given = " as they are" if form.step else ""
+        return f"{form.bits}-bit levels{by} times inputs of {8 * form.planes} bits{given}"
     if isinstance(form, Codes):
         return f"{form.bits}-bit numbers of {form.size} shared values"
     if isinstance(form, Vectors):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tersenet import activations
 from tersenet.artifact import Artifact, load
 from tersenet.runtime.attaching import attached
 from tersenet.task import Task
@@ -112,7 +113,7 @@ Made: TypeAlias = tuple[nn.Module, Mapping[str, str]]  # a network, and a senten
 
 
 def _dense(artifact: Artifact, model: nn.Module, batch: int) -> Made:
-    return artifact.into(model), {}
+    return activations.into(artifact, model), {}
 
 
 def _eight_bits(artifact: Artifact, model: nn.Module, batch: int) -> Made:
@@ -121,14 +122,14 @@ def _eight_bits(artifact: Artifact, model: nn.Module, batch: int) -> Made:
         return dynamic(artifact.into(model).eval(), dtype=torch.qint8), {}
 
 
-def _packed(artifact: Artifact, model: nn.Module, batch: int, activations: int = 24) -> Made:
-    return attached(model, artifact.tensors, batch, activations)
+def _packed(artifact: Artifact, model: nn.Module, batch: int, bits: int = 24) -> Made:
+    return attached(model, artifact, batch, bits)
 
 
 MAKERS: dict[str, Callable[[Artifact, nn.Module, int], Made]] = {
     "dense": _dense,
     "torch's dynamic int8": _eight_bits,
-    "packed, 8-bit inputs": functools.partial(_packed, activations=8),
+    "packed, 8-bit inputs": functools.partial(_packed, bits=8),
     "packed": _packed,
 }
 
