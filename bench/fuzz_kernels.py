@@ -18,7 +18,7 @@ from table import write
 from tersenet import native
 from tersenet.runtime.convolution import Side, convolved
 from tersenet.runtime.forms import GROUP, Form, SparseRows, Sum
-from tersenet.runtime.layouts import codes, levels, masked_rows, sparse_rows, vectors
+from tersenet.runtime.layouts import codes, levels, masked_rows, sparse_columns, sparse_rows, vectors
 
 CASES = 6000
 EXTENTS = (0, 1, 2, 3, 15, 16, 17, 31, 64, 65, 127, 130, 257)
@@ -49,7 +49,9 @@ def made(rng: np.random.Generator, rows: int, columns: int) -> tuple[Form, Any]:
     if kind == 0:
         return sparse_rows(mask, dense[mask]), np.where(mask, dense, 0)
     if kind == 1:
-        return sparse_rows(mask, number[mask], book[:size, 0]), np.where(mask, book[number, 0], 0)
+        form = sparse_rows(mask, number[mask], book[:size, 0])
+        turned = isinstance(form, SparseRows) and rng.random() < 0.5
+        return sparse_columns(form) if turned else form, np.where(mask, book[number, 0], 0)
     if kind == 2:
         return masked_rows(mask, dense[mask]), np.where(mask, dense, 0)
     if kind == 3:

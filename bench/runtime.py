@@ -4,9 +4,10 @@ Run: make bench NAME=runtime (or: python bench/runtime.py [PART [NAME ...]]) wit
 named, fully_connected and layers; without arguments all of them. Rows that are not run again are kept.
 
 Layers: milliseconds of the calling thread's CPU clock at one thread, by the wall clock at two; least and median of
-ROUNDS in which all take turns, weights in turn from copies of LARGE bytes in all, so that they come from memory as in a
-network. Networks: by the wall clock, and by how many bytes a fresh process grows that has the module and an input
-already, loads the file and runs it once. MiniLM needs its package, which minilm.py says how to install.
+ROUNDS in which all take turns, fewer where they take over SECONDS, weights in turn from copies of LARGE bytes in all,
+so that they come from memory as in a network. Networks: by the wall clock, and by how many bytes a fresh process grows
+that has the module and an input already, loads the file and runs it once. MiniLM needs its package, which minilm.py
+says how to install.
 """
 
 import functools
@@ -36,7 +37,7 @@ from tersenet.runtime.forms import Form
 from tersenet.runtime.measure import Use, alone, first_use
 from tersenet.stages.pack import Narrow, Pack
 
-ROUNDS, LARGE, SHAPES, BATCHES = 25, 128 << 20, ((4096, 4096), (1024, 4096)), (1, 32)
+ROUNDS, SECONDS, LARGE, SHAPES, BATCHES = 25, 120.0, 128 << 20, ((4096, 4096), (1024, 4096)), (1, 32)
 TOKENS = 32  # of a sentence
 # Rows, columns and density of the fully connected layers of Deep Compression's AlexNet and VGG-16 (Han et al. 2016).
 FULLY_CONNECTED = {
@@ -51,7 +52,10 @@ def timed(actions: dict[str, Sequence[Action]], threads: int) -> dict[str, tuple
     """Least and median milliseconds of one of the actions that each name has, of rounds in which all take turns."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     spent: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(ROUNDS):
+    until = time.perf_counter() + SECONDS
+    for done in range(ROUNDS):
+        if done >= 5 and time.perf_counter() > until:
+            break
         for name, copies in actions.items():
             begun = clock()
             for action in copies:
@@ -213,18 +217,19 @@ def layers() -> Iterator[Row]:
 
 
 def fully_connected() -> Iterator[Row]:
-    """AlexNet's and VGG's at Deep Compression's densities, one input."""
+    """AlexNet's and VGG's at Deep Compression's densities, one input of which all or 30 % are not zero."""
     rng = np.random.default_rng(0)
     torch.set_num_threads(1)
     for name, (height, width, part) in FULLY_CONNECTED.items():
-        tree, x = sparse(rng, (height, width), part, 32), floats(rng, 1, width)
-        choice = kernels.choose(tree)
-        dense = torch.from_numpy(np.asarray(unpack(tree))), torch.from_numpy(x)
-        actions: dict[str, Sequence[Action]] = {
-            "torch float32": [functools.partial(nn.functional.linear, dense[1], dense[0])],
-            f"ours, {choice.why}": packed_actions(choice.form, x, 1) if choice.form else [],
-        }
-        yield from rows_of(name, 1, 1, timed({n: a for n, a in actions.items() if a}, 1))
+        tree, x = sparse(rng, (height, width), part, 32), np.abs(floats(rng, 1, width))
+        forms = {"ours, by columns": kernels.choose(tree).form, "ours, by rows": kernels.TABLE[Sparse](tree, 3)}
+        dense = torch.from_numpy(np.asarray(unpack(tree)))
+        for kept in (1.0, 0.3):
+            x = np.where(rng.random(x.shape) < kept, x, 0).astype(np.float32)
+            linear = functools.partial(nn.functional.linear, torch.from_numpy(x), dense)
+            actions: dict[str, Sequence[Action]] = {"torch float32": [linear]}
+            actions |= {told: packed_actions(form, x, 1) for told, form in forms.items() if form}
+            yield from ({**row, "inputs_not_zero": kept} for row in rows_of(name, 1, 1, timed(actions, 1)))
 
 
 def module_of(name: str) -> nn.Module:
@@ -349,13 +354,12 @@ def place(row: Row) -> tuple[int, int]:
 def main(part: str | None = None, *names: str) -> None:
     path = ROOT / "bench/results/runtime.json"
     for name in [part] if part else PARTS:
-        rows = []
+        before, rows = json.loads(path.read_text())["rows"], list[Row]()
         for row in PARTS[name](*names):
             rows.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        again = {place(row) for row in rows}
-        rows += [row for row in json.loads(path.read_text())["rows"] if place(row) not in again]
-        keep("runtime", sorted(rows, key=place))
+            again = {place(row) for row in rows}
+            keep("runtime", sorted([*rows, *(row for row in before if place(row) not in again)], key=place))
 
 
 if __name__ == "__main__":

@@ -165,6 +165,45 @@ int64_t terse_sparse_dot(const float *values, const uint8_t *codes, const float 
     return last - first;
 }
 
+#define LINE 64
+#define SOON 2 /* columns until one is added, when it is asked for: what is skipped ends what a processor foresees */
+
+/* Numbers of a column lie in different rows, so that none waits for another. */
+INLINE void column(const uint8_t *codes, const uint16_t *rows, int64_t from, int64_t to, const float *products, float *y) {
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4) {
+        const uint16_t *r = rows + i;
+        const uint8_t *c = codes + i;
+        float a = y[r[0]] + products[c[0]], b = y[r[1]] + products[c[1]];
+        float d = y[r[2]] + products[c[2]], e = y[r[3]] + products[c[3]];
+        y[r[0]] = a, y[r[1]] = b, y[r[2]] = d, y[r[3]] = e;
+    }
+    for (; i < to; i++) y[rows[i]] += products[codes[i]];
+}
+
+int64_t terse_sparse_columns(const uint8_t *codes, const float *book, int64_t size, const uint16_t *rows,
+                             const int64_t *starts, int64_t columns, int64_t height, int64_t block, int64_t first,
+                             int64_t last, const int64_t *kept, int64_t count, const float *x, float *y) {
+    if (size < 0 || size > 256 || columns < 0 || height < 0 || block < 1 || count < 0 || first < 0 || last < first ||
+        last > (height + block - 1) / block)
+        return TERSE_EARGUMENT;
+    for (int64_t b = first; b < last; b++) {
+        const int64_t *own = starts + b * (columns + 1);
+        float *out = y + b * block, products[256];
+        memset(out, 0, (size_t)(height - b * block < block ? height - b * block : block) * sizeof *out);
+        for (int64_t k = 0; k < count; k++) {
+            if (k + SOON < count) {
+                const int64_t *next = own + kept[k + SOON];
+                for (int64_t i = next[0]; i < next[1]; i += LINE) FETCH(codes + i);
+                for (int64_t i = next[0]; i < next[1]; i += LINE / 2) FETCH(rows + i);
+            }
+            for (int64_t i = 0; i < size; i++) products[i] = book[i] * x[kept[k]];
+            column(codes, rows, own[kept[k]], own[kept[k] + 1], products, out);
+        }
+    }
+    return last - first;
+}
+
 int64_t terse_sparse_windows(const float *values, const uint8_t *codes, const float *book, const uint16_t *columns,
                              const int64_t *starts, int64_t first, int64_t last, const float *x, const int32_t *place,
                              int64_t width, float *y, int64_t stride, int64_t simd) {

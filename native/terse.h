@@ -25,7 +25,7 @@
 #define TERSE_EBUILD -5 /* terse_abi() is 0 */
 
 /* Goes up with every change of what stands here, so that nobody calls a library that another header belongs to. */
-#define TERSE_ABI 5
+#define TERSE_ABI 6
 
 /* TERSE_ABI; or 0 where this build would code otherwise than all others: where a product is not rounded before anything is
  * added to it (compile with -ffp-contract=off, on 32-bit x86 with -msse2 -mfpmath=sse), or the highest byte lies first. */
@@ -189,6 +189,12 @@ TERSE_API int64_t terse_sparse_dot(const float *values, const uint8_t *codes, co
 TERSE_API int64_t terse_sparse_windows(const float *values, const uint8_t *codes, const float *book, const uint16_t *columns,
                                        const int64_t *starts, int64_t first, int64_t last, const float *x,
                                        const int32_t *place, int64_t width, float *y, int64_t stride, int64_t simd);
+
+/* The same numbers by column, in blocks of so many rows, the rows of a block counted from its first: column c of block b from
+ * starts[b * (columns + 1) + c] on. y = W x of the `kept` columns alone; first to last are blocks. */
+TERSE_API int64_t terse_sparse_columns(const uint8_t *codes, const float *book, int64_t size, const uint16_t *rows,
+                                       const int64_t *starts, int64_t columns, int64_t height, int64_t block, int64_t first,
+                                       int64_t last, const int64_t *kept, int64_t count, const float *x, float *y);
 
 /* y [count][rows] of the same with a bit for each column, `mask` [rows][words] of 16; behind the last value there is room for
  * 16, and x [count][stride] holds 16 * words. */

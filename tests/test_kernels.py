@@ -10,8 +10,8 @@ from tersenet import native
 from tersenet.packed import Codebook, Factored, Reshaped, Sliced, Sparse, Uniform, unpack
 from tersenet.runtime import forms, kernels
 from tersenet.runtime.convolution import Side, convolved
-from tersenet.runtime.forms import Chain, Codes, Levels, MaskedRows, SparseRows, Sum, Vectors
-from tersenet.runtime.layouts import codes, levels, masked_rows, sparse_rows, vectors
+from tersenet.runtime.forms import Chain, Codes, Levels, MaskedRows, SparseColumns, SparseRows, Sum, Vectors
+from tersenet.runtime.layouts import codes, levels, masked_rows, sparse_columns, sparse_rows, vectors
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C core was built")
 PATHS = range(native.simd() + 1)
@@ -54,8 +54,8 @@ def weights():
     kernel[:, 1, ::2] = True
     return {
         "sparse": (sparse(rng, 37, 90, 0.1), SparseRows),
-        "sparse, shared": (sparse(rng, 37, 90, 0.1, 30), SparseRows),
-        "sparse, 256 shared": (sparse(rng, 37, 90, 0.2, 256), SparseRows),
+        "sparse, shared": (sparse(rng, 37, 90, 0.1, 30), SparseColumns),
+        "sparse, 256 shared": (sparse(rng, 37, 90, 0.2, 256), SparseColumns),
         "sparse, of levels": (Sparse(kernel, Uniform(integers(rng, -9, 9, 36), np.float32([0.5]))), SparseRows),
         "sparse, empty rows": (Sparse(np.eye(20, 33, k=-9) > 0, floats(11)), SparseRows),
         "mask": (sparse(rng, 37, 90, 0.5), MaskedRows if native.simd() == 2 else SparseRows),
@@ -140,6 +140,30 @@ def test_inputs_in_fixed_point_are_multiplied_as_they_are(name, forced, path):
         assert np.isnan(other[[2, 4]]).all() and np.array_equal(
             np.delete(other, [2, 4], 0), np.delete(found, [2, 4], 0)
         )
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 900), st.integers(1, 40), st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000))
+def test_columns_say_what_rows_say_and_pass_over_zeros(rows, columns, part, kept, seed):
+    rng = np.random.default_rng(seed)
+    mask, book = rng.random((rows, columns)) < part, floats(20, 1)[:, 0]
+    by_row = sparse_rows(mask, rng.integers(0, 20, int(mask.sum())), book)
+    form, x = sparse_columns(by_row), inputs(6, columns) * (rng.random((6, columns)) < kept)
+    assert np.allclose(form.product(x), by_row.product(x), rtol=1e-4, atol=1e-4)
+    assert np.array_equal(form.product(x, 3), form.product(x))
+    # a column of NaN is not read where its input is zero
+    other = sparse_columns(sparse_rows(np.ones((rows, 2), bool), np.tile([0, 1], rows), np.float32([np.nan, 2])))
+    assert np.array_equal(other.product(np.float32([[0, 3]])), np.full((1, rows), 6, np.float32))
+
+
+def test_columns_of_several_blocks_are_the_same_on_any_number_of_threads():
+    rng = np.random.default_rng(0)
+    mask = rng.random((70_000, 12)) < 0.5
+    by_row = sparse_rows(mask, rng.integers(0, 250, int(mask.sum())), floats(250))
+    form, x = sparse_columns(by_row), inputs(2, 12)
+    assert len(form.starts) > 4 and form.block < 1 << 16
+    assert np.allclose(form.product(x), by_row.product(x), rtol=1e-4, atol=1e-5)
+    assert all(np.array_equal(form.product(x, threads), form.product(x)) for threads in (2, 5, 40))
 
 
 def test_levels_times_integers_are_exact(path):

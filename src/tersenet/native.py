@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-ABI = 5  # TERSE_ABI in native/terse.h, which goes up with every change there
+ABI = 6  # TERSE_ABI in native/terse.h, which goes up with every change there
 
 
 class Model(ctypes.Structure):

@@ -135,6 +135,31 @@ class SparseRows(Form):
 
 
 @dataclass(frozen=True, eq=False)
+class SparseColumns(Form):
+    """Codes of shared values that are not zero, column by column in blocks of rows: for one input at a time.
+
+    Columns that a zero of the input would multiply are never read, as in EIE (Han et al. 2016).
+    """
+
+    codes: Array  # uint8 [n]
+    rows: Array  # uint16 [n], from the first of the block
+    starts: Array  # int64 [blocks, columns + 1]
+    book: Array  # float32 [k]
+    height: int
+    block: int
+
+    def product(self, x: Array, threads: int = 1) -> Array:
+        blocks, columns = len(self.starts), self.starts.shape[1] - 1
+        x = inputs(x, columns)
+        y: Array = np.empty((len(x), self.height), np.float32)
+        head = (self.codes, self.book, len(self.book), self.rows, self.starts, columns, self.height, self.block)
+        for one, out in zip(x, y):
+            kept = np.flatnonzero(one).astype(np.int64, copy=False)
+            self.spread("sparse_columns", blocks, threads, head, kept, len(kept), one, out)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
 class MaskedRows(Form):
     """The numbers that are not zero, and a bit for each column."""
 
@@ -298,4 +323,7 @@ class Dense(Form):
             return x @ self.weight.T
 
 
-FORMS = {form.__name__: form for form in (SparseRows, MaskedRows, Levels, Codes, Vectors, Chain, Sum, Part, Dense)}
+FORMS = {
+    form.__name__: form
+    for form in (SparseRows, SparseColumns, MaskedRows, Levels, Codes, Vectors, Chain, Sum, Part, Dense)
+}

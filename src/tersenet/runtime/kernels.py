@@ -34,18 +34,19 @@ from tersenet.runtime.forms import (
     Levels,
     MaskedRows,
     Part,
+    SparseColumns,
     SparseRows,
     Sum,
     Vectors,
 )
-from tersenet.runtime.layouts import codes, levels, masked_rows, sparse_rows, vectors
+from tersenet.runtime.layouts import codes, levels, masked_rows, sparse_columns, sparse_rows, vectors
 
 SPARSE = 0.3  # part of weights that are not zero, under which sparse rows are faster than a bit for each weight
 FEW_LEVELS = 0.05  # and faster than levels
 OUTSIDE = 1 / 64  # part of the levels that may lie outside of fewer bits, and are then added as sparse rows
 IN_CACHE = 8 << 20  # bytes of weights up to which they are taken to come from a cache
 # Nanoseconds on one core, measured with bench/runtime.py on an AVX-512 machine with VNNI (Zen 4).
-CALL = {Dense: 6e3, SparseRows: 38e3, MaskedRows: 40e3, Levels: 50e3, Codes: 40e3, Vectors: 40e3}
+CALL = {Dense: 6e3, SparseRows: 38e3, SparseColumns: 38e3, MaskedRows: 40e3, Levels: 50e3, Codes: 40e3, Vectors: 40e3}
 MEMORY = 0.04  # a byte that comes from memory
 CACHED = 0.018  # from a cache
 MANY = 0.026  # a dense weight times one more of many inputs
@@ -85,6 +86,8 @@ def choose(tree: Tree, batch: int = 1, activations: int = 24, fixed: Sequence[in
         return Choice(None, f"dense: {_named(tree)} has no form that is executed")
     if fixed and fixed[0] <= 8:
         form = _of_fixed(form, 2.0 ** -fixed[1])
+    if batch <= FEW and isinstance(form, SparseRows) and len(form.book):
+        form = sparse_columns(form)
     cost = nanoseconds(form, batch)
     told = f"about {cost / 1000:,.0f} us for a batch of {batch}, dense {dense / 1000:,.0f} us"
     if cost > dense:
@@ -105,6 +108,9 @@ def _of_fixed(form: Form, step: float) -> Form:
 
 def described(form: Form) -> str:
     """What a form is, in a few words."""
+    if isinstance(form, SparseColumns):
+        share = len(form.codes) / max(1, form.height * (form.starts.shape[1] - 1))
+        return f"sparse columns, {share:.1%} not zero of {len(form.book)} shared values, those of zero inputs skipped"
     if isinstance(form, SparseRows | MaskedRows):
         share = len(form.values) / max(1, (len(form.starts) - 1) * form.width)
         shared = f" of {len(form.book)} shared values" if isinstance(form, SparseRows) and len(form.book) else ""
@@ -138,6 +144,8 @@ def nanoseconds(form: Form, batch: int) -> float:
     if isinstance(form, SparseRows):
         n = len(form.values)
         work = n * NUMBER * (batch + 0.15 * batch * (len(form.book) > 0)) if batch <= FEW else n * (0.8 + 0.05 * batch)
+    elif isinstance(form, SparseColumns):
+        work = len(form.codes) * NUMBER * 1.15 * batch  # where no input is zero
     elif isinstance(form, MaskedRows):
         work = form.mask.size * 16 * max(0.12, 0.045 * batch)
     elif isinstance(form, Levels):

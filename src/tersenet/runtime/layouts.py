@@ -15,10 +15,13 @@ from tersenet.runtime.forms import (
     Form,
     Levels,
     MaskedRows,
+    SparseColumns,
     SparseRows,
     Sum,
     Vectors,
 )
+
+RUN, BLOCKS = 128, 16  # numbers of a column in a block, at least, and blocks at most
 
 
 def sparse_rows(mask: Array, values: Array, book: Array | None = None) -> Form:
@@ -34,6 +37,26 @@ def sparse_rows(mask: Array, values: Array, book: Array | None = None) -> Form:
     codewords = np.zeros(0, np.float32) if book is None else np.ascontiguousarray(book, np.float32)
     kind = np.float32 if book is None else np.uint8
     return SparseRows(np.ascontiguousarray(values, kind), columns, _starts(mask), codewords, width)
+
+
+def sparse_columns(form: SparseRows) -> SparseColumns:
+    """The same numbers by column, of shared values."""
+    height, n = len(form.starts) - 1, len(form.values)
+    blocks = max(1, -(-height >> 16), min(BLOCKS, n // (RUN * max(1, form.width))))
+    block = max(1, -(-height // blocks))
+    number = np.repeat(np.arange(height) % block, np.diff(form.starts)).astype(np.uint16)
+    codes, rows, starts = list[Array](), list[Array](), list[Array]()
+    for top in range(0, height, block):
+        first, last = form.starts[top], form.starts[min(top + block, height)]
+        order = np.argsort(form.columns[first:last], kind="stable")
+        codes.append(form.values[first:last][order])
+        rows.append(number[first:last][order])
+        counts = np.bincount(form.columns[first:last], minlength=form.width)
+        starts.append(first + np.concatenate([[0], np.cumsum(counts)]))
+    whole = np.stack(starts).astype(np.int64) if starts else np.zeros((0, form.width + 1), np.int64)
+    return SparseColumns(
+        np.concatenate([form.values[:0], *codes]), np.concatenate([number[:0], *rows]), whole, form.book, height, block
+    )
 
 
 def masked_rows(mask: Array, values: Array) -> Form:
