@@ -27,8 +27,8 @@ MAY = {
     "run": "activations container contract draft task artifact journal key origins data notebook replacing report",
     "contract": "draft norms packed structure task",
     "folding": "draft norms packed structure artifact task tracing",
-    "waterfilling": "budget journal draft folding methods calibrate statistics packed structure task artifact allocators"
-                    " data likelihood tracing",
+    "waterfilling": "budget journal draft folding methods calibrate statistics packed structure task artifact"
+                    " allocators data likelihood tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores bloomier"
               " splitmix chains teacher activations",
