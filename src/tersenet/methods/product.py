@@ -91,12 +91,12 @@ def aware(rows: Array, moments: Array, d: int, k: int, steps: int, seed: int) ->
     scaled = (vectors @ factors).astype(np.float32)
     draw = np.random.Generator(np.random.PCG64(seed))
     codewords = shared(vectors.reshape(-1, d), k, BEGIN, seed)[0].astype(np.float64)
-    pulled, index = vectors @ blocks, np.zeros(0, np.int32)
+    pulled: Array = vectors @ blocks
+    index: Array = np.zeros(0, np.int32)
     unit = NOISE * float(vectors.std())
     for _ in range(steps):
         turned = (codewords @ factors).astype(np.float32)
-        before = index
-        index = np.stack([nearest(v, c) for v, c in zip(scaled, turned, strict=True)])
+        before, index = index, np.stack([nearest(v, c) for v, c in zip(scaled, turned, strict=True)])
         if np.array_equal(before, index):
             break
         codewords = _solved(index, blocks, pulled, codewords)
