@@ -19,6 +19,7 @@ from tersenet.artifact import Artifact, load, printable
 from tersenet.budget import PromiseBroken
 from tersenet.cli_files import about, check_output, running
 from tersenet.codecs import FormatError
+from tersenet.display import plain_lines
 from tersenet.replacing import write_atomically
 from tersenet.sources import Checkpoint, read
 
@@ -387,7 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
-        code = app(arguments, prog_name="terse", standalone_mode=False)
+        with plain_lines():
+            code = app(arguments, prog_name="terse", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except SystemExit as end:  # of shell completion, or of a pipe that was closed
