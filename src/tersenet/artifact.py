@@ -22,6 +22,7 @@ from tersenet.container import (
     FLOATS,
     FORMATS,
     POOLED,
+    RISING,
     SMALL,
     Coding,
     Section,
@@ -324,7 +325,8 @@ def _ruled(note: str, rule: str) -> str:
 
 def _kinds(tree: Tree) -> str:
     if not isinstance(tree, Packed):
-        return str(FORMATS[tree.form][1])
+        held, stored = FORMATS[tree.form]
+        return held if stored == RISING else stored
     below = (getattr(tree, f.name) for f in fields(tree))
     inner = [_kinds(child) for child in below if isinstance(child, Packed)]
     return f"{type(tree).__name__}({', '.join(inner)})" if inner else type(tree).__name__

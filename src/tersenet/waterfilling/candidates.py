@@ -60,7 +60,10 @@ def candidates(
         if kept is not None:
             found.append(("without loss", Packing(kept.tree, None, 0.0)))
         for method in ready:
-            tree = round_leaves(packed(tensor.tree, method, moments))
+            try:
+                tree = round_leaves(packed(tensor.tree, method, moments))
+            except ValueError as wrong:
+                raise ValueError(f"{layer.name}: {wrong}") from None
             if isinstance(tree, Packed):
                 found.append((str(method), _measured(waterfilling, layer, tree)))
         made = [
