@@ -326,7 +326,7 @@ def _ruled(note: str, rule: str) -> str:
 def _kinds(tree: Tree) -> str:
     if not isinstance(tree, Packed):
         held, stored = FORMATS[tree.form]
-        return held if stored == RISING else stored
+        return str(held if stored == RISING else stored)
     below = (getattr(tree, f.name) for f in fields(tree))
     inner = [_kinds(child) for child in below if isinstance(child, Packed)]
     return f"{type(tree).__name__}({', '.join(inner)})" if inner else type(tree).__name__
