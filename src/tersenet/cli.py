@@ -1,4 +1,4 @@
-"""The command `terse`: compress, inspect, verify, report, compare, unpack, export, bench, diff, patch, recipes, doctor.
+"""The command `terse`: compress, inspect, verify, report, log, compare, unpack, export, bench, diff, patch, and more.
 
 Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one line says what, where, and what to do).
 """
@@ -243,6 +243,33 @@ def report_command(
             facts = Facts.made(facts.title, facts.artifact, facts.told, output_errors(facts.artifact, job))
     write_atomically(output, report(facts).encode())
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes): open it in a browser")
+
+
+@app.command()
+def log(
+    source: Annotated[Path, typer.Argument(help="A .terse file, or the folder of a run")],
+    tensorboard: Annotated[Path | None, typer.Option(help="The folder to write events for TensorBoard to")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="MLflow's tracking address, e.g. http://localhost:5000")] = None,
+) -> None:
+    """Write the curves of a run, also of one that goes on, for TensorBoard or MLflow: losses, metrics, bytes.
+
+    [dim]terse log model.terse --tensorboard runs/first[/dim]
+    """
+    from tersenet.report.facts import Facts
+    from tersenet.report.scalars import to_mlflow, to_tensorboard
+
+    if tensorboard is None and mlflow is None:
+        raise ValueError("where to? give --tensorboard FOLDER or --mlflow ADDRESS")
+    with about(source):
+        told = Facts.of(source).told
+    if not told.recipe:
+        raise ValueError(f"{source}: the run that made this file is not known; give its folder instead of the file")
+    if tensorboard is not None:
+        count = to_tensorboard(told, tensorboard)
+        typer.echo(f"wrote {count:,} values. Next: tensorboard --logdir {tensorboard}")
+    if mlflow is not None:
+        count = to_mlflow(told, source.name, mlflow)
+        typer.echo(f"wrote {count:,} values. Next: the experiment 'tersenet' at {mlflow}, run {printable(source.name)}")
 
 
 @app.command(name="compare")
