@@ -10,6 +10,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -225,15 +226,19 @@ def report_command(
     source: Annotated[Path, typer.Argument(help="A .terse file, or the folder of a run")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write")] = Path("report.html"),
     task: TASK = None,
+    peers: Annotated[
+        Path | None, typer.Option(help='What others made, JSON: [{"name": "theirs", "bytes": 51200, "metric": 0.971}]')
+    ] = None,
 ) -> None:
     """Write a page that shows a file, and the run that made it: ledger, pictures of weights, what was tried.
 
     With --task also how far each layer's outputs are from the original's on training inputs.
     """
-    from tersenet.report.facts import Facts
+    from tersenet.report.facts import Facts, peers_of
     from tersenet.report.page import report
 
-    check_output(output, source)
+    check_output(output, source, peers)
+    others = peers_of(peers) if peers else ()
     with about(source):
         facts = Facts.of(source)
     if task and facts.artifact is not None:
@@ -241,7 +246,7 @@ def report_command(
 
         with running(task) as job:
             facts = Facts.made(facts.title, facts.artifact, facts.told, output_errors(facts.artifact, job))
-    write_atomically(output, report(facts).encode())
+    write_atomically(output, report(replace(facts, peers=others)).encode())
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes): open it in a browser")
 
 
