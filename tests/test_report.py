@@ -226,7 +226,15 @@ def test_what_others_made_stands_beside_a_file_that_tells_its_metric(tmp_path):
     assert "<b>$x$\\x1b: 9,000,000 bytes, 1.0000" in said and "as they were given" in text_of(page)
     assert "the file tells no metric" in text_of(report(replace(facts, artifact=Artifact(artifact.tensors))))
     assert "no points of others were given" in text_of(report(replace(facts, peers=())))
-    for wrong in ("{", "3", '[{"name": "a"}]', '[{"name": "a", "bytes": 0, "metric": 1}]', '{"name": 3}'):
+    for wrong in (
+        "{",
+        "3",
+        "[3]",
+        '[{"name": "a"}]',
+        '[{"name": "a", "bytes": 0, "metric": 1}]',
+        '{"name": 3}',
+        f'[{{"name": 3, "bytes": 1{"0" * 400}, "metric": 1}}]',
+    ):
         (tmp_path / "peers.json").write_text(wrong)
         with pytest.raises(ValueError, match="is no JSON list of peers"):
             peers_of(tmp_path / "peers.json")

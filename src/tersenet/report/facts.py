@@ -54,8 +54,8 @@ def peers_of(path: Path) -> tuple[Peer, ...]:
     wrong = ValueError(f"{path}: is no JSON list of peers, as {example}")
     try:
         rows = json.loads(path.read_bytes())
-        found = tuple(Peer(printable(row["name"]), *(float(row[n]) for n in ("bytes", "metric"))) for row in rows)
-    except (ValueError, TypeError, KeyError):
+        found = tuple(Peer(printable(str(row["name"])), *(float(row[n]) for n in ("bytes", "metric"))) for row in rows)
+    except (ValueError, TypeError, KeyError, OverflowError):
         raise wrong from None
     if not all(math.isfinite(peer.metric) and 0 < peer.bytes < math.inf for peer in found):
         raise wrong
