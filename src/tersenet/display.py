@@ -5,6 +5,7 @@ a time are drawn. From Python nothing is shown where stderr is no terminal.
 """
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -16,7 +17,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-PAUSE = 10.0  # seconds from one line to the next, at least
+PAUSE = 30.0  # seconds from the first bar to the first line, and from one line to the next, at least
 TERMINAL = threading.Lock()  # held by whose bars are drawn
 
 
@@ -54,11 +55,12 @@ class Display:
     def __init__(self, lines: bool = False) -> None:
         self.bars, self.lines = list[Bar](), lines
         self.live: Any = None
-        self.done, self.before = "", time.monotonic()  # what was done since the last line, and when that was
+        self.done, self.before = "", math.inf  # what was done since the last line, and when that was
 
     def begin(self, bar: Bar) -> None:
         """Add a bar below the others."""
         self.bars.append(bar)
+        self.before = min(self.before, time.monotonic())
         if self.live is None and _terminal() and TERMINAL.acquire(blocking=False):
             self.live = _live(self)
             self.live.start()
