@@ -1,4 +1,4 @@
-"""The command `terse`: compress, inspect, verify, report, compare, unpack, export, bench, diff, patch, recipes, doctor.
+"""The command `terse`: compress, inspect, verify, report, log, compare, unpack, export, bench, diff, patch, and more.
 
 Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one line says what, where, and what to do).
 """
@@ -10,6 +10,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from tersenet.artifact import Artifact, load, printable
 from tersenet.budget import PromiseBroken
 from tersenet.cli_files import about, check_output, running
 from tersenet.codecs import FormatError
+from tersenet.display import plain_lines
 from tersenet.replacing import write_atomically
 from tersenet.sources import Checkpoint, read
 
@@ -224,15 +226,19 @@ def report_command(
     source: Annotated[Path, typer.Argument(help="A .terse file, or the folder of a run")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write")] = Path("report.html"),
     task: TASK = None,
+    peers: Annotated[
+        Path | None, typer.Option(help='What others made, JSON: [{"name": "theirs", "bytes": 51200, "metric": 0.971}]')
+    ] = None,
 ) -> None:
     """Write a page that shows a file, and the run that made it: ledger, pictures of weights, what was tried.
 
     With --task also how far each layer's outputs are from the original's on training inputs.
     """
-    from tersenet.report.facts import Facts
+    from tersenet.report.facts import Facts, peers_of
     from tersenet.report.page import report
 
-    check_output(output, source)
+    check_output(output, source, peers)
+    others = peers_of(peers) if peers else ()
     with about(source):
         facts = Facts.of(source)
     if task and facts.artifact is not None:
@@ -240,8 +246,35 @@ def report_command(
 
         with running(task) as job:
             facts = Facts.made(facts.title, facts.artifact, facts.told, output_errors(facts.artifact, job))
-    write_atomically(output, report(facts).encode())
+    write_atomically(output, report(replace(facts, peers=others)).encode())
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes): open it in a browser")
+
+
+@app.command()
+def log(
+    source: Annotated[Path, typer.Argument(help="A .terse file, or the folder of a run")],
+    tensorboard: Annotated[Path | None, typer.Option(help="The folder to write events for TensorBoard to")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="MLflow's tracking address, e.g. http://localhost:5000")] = None,
+) -> None:
+    """Write the curves of a run, also of one that goes on, for TensorBoard or MLflow: losses, metrics, bytes.
+
+    [dim]terse log model.terse --tensorboard runs/first[/dim]
+    """
+    from tersenet.report.facts import Facts
+    from tersenet.report.scalars import to_mlflow, to_tensorboard
+
+    if tensorboard is None and mlflow is None:
+        raise ValueError("where to? give --tensorboard FOLDER or --mlflow ADDRESS")
+    with about(source):
+        told = Facts.of(source).told
+    if not told.recipe:
+        raise ValueError(f"{source}: the run that made this file is not known; give its folder instead of the file")
+    if tensorboard is not None:
+        count = to_tensorboard(told, tensorboard)
+        typer.echo(f"wrote {count:,} values. Next: tensorboard --logdir {tensorboard}")
+    if mlflow is not None:
+        count = to_mlflow(told, source.name, mlflow)
+        typer.echo(f"wrote {count:,} values. Next: the experiment 'tersenet' at {mlflow}, run {printable(source.name)}")
 
 
 @app.command(name="compare")
@@ -387,7 +420,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
-        code = app(arguments, prog_name="terse", standalone_mode=False)
+        with plain_lines():
+            code = app(arguments, prog_name="terse", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except SystemExit as end:  # of shell completion, or of a pipe that was closed
