@@ -28,7 +28,7 @@ MAY = {
     "contract": "draft norms packed structure task",
     "folding": "draft norms packed structure artifact task tracing",
     "waterfilling": "budget journal draft folding methods calibrate packed structure task artifact allocators data"
-                    " likelihood tracing",
+                    " likelihood statistics tracing",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores bloomier"
               " splitmix chains teacher activations",
