@@ -126,7 +126,7 @@ class Parts(nn.Module):
 
 def test_what_packs_or_folds_behind_it_is_refused_before_any_work_and_in_a_draft(task):
     for later in (Pack(KMeans(3)), Waterfill(c=0.01)):
-        with pytest.raises(ValueError, match=r"result of Activations: .* changes what layers give; fix activations beh"):
+        with pytest.raises(ValueError, match=r"result of Activations: .* changes what layers give; fix act"):
             tn.compress(task, (Activations(8), later))
     fixed = Activations(8, 64)(Draft.of_model(task.model), task)
     with pytest.raises(ValueError, match="changes what layers give"):

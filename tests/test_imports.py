@@ -16,10 +16,11 @@ MAY = {
     "task": "display data cores teacher", "teacher": "data",
     "sequence": "data task teacher", "likelihood": "task data", "allocators": "display task journal budget",
     "codecs": "native", "deferred": "packed", "dense": "container packed",
-    "container": "packed codecs cores deferred", "header": "container packed codecs",
-    "decoding": "container header packed codecs deferred", "writing": "container packed codecs",
+    "container": "packed codecs cores deferred", "header": "access container packed codecs",
+    "access": "container codecs", "decoding": "access container header packed codecs deferred",
+    "writing": "container packed codecs",
     "norms": "container",
-    "artifact": "container header decoding writing packed codecs norms replacing realise deferred dense notebook"
+    "artifact": "access container header decoding writing packed codecs norms replacing realise deferred dense notebook"
                 " runtime",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
     "calibrate": "display task data likelihood tracing",
@@ -41,12 +42,13 @@ MAY = {
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
     "runtime": "packed artifact native cores container norms task", "threelc": "codecs",
     "report": "artifact container journal packed structure",
-    "notebook": "artifact", "cli_files": "codecs task_file",
+    "notebook": "artifact", "cli_files": "artifact codecs replacing sources targets task_file",
+    "cli_errors": "artifact codecs",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
-    "flower": "codecs", "updates": "artifact container decoding header packed codecs sources",
+    "flower": "codecs", "updates": "access artifact container decoding header packed codecs sources",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
-    "published": "artifact packed", "export": "artifact codecs container header packed",
-    "cli": "cli_files replacing sources targets doctor plan papers report runtime run budget draft artifact codecs"
+    "published": "artifact packed", "export": "access artifact codecs container header packed",
+    "cli": "cli_errors cli_files replacing sources doctor plan papers report runtime run budget draft artifact codecs"
            " promise published recipe_file updates export display",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tersenet.access import File, Memory, Source, checked
 from tersenet.codecs.stream import FormatError
 from tersenet.container import (
     CODED,
@@ -35,7 +36,7 @@ from tersenet.container import (
 from tersenet.decoding import Opened, decoded, sections_of
 from tersenet.deferred import Deferred
 from tersenet.dense import as_stored, numbers, place, relative_error, same
-from tersenet.header import UPDATE, File, Header, Memory, Source, checked
+from tersenet.header import UPDATE, Header
 from tersenet.packed import Array, Packed, Tree
 from tersenet.replacing import scratch, write_atomically
 from tersenet.writing import pieces, write, written

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,9 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
-from tersenet.artifact import Artifact, load, printable
+from tersenet.artifact import load, printable
 from tersenet.budget import PromiseBroken
-from tersenet.cli_files import about, check_output, running
+from tersenet.cli_errors import line_of
+from tersenet.cli_files import about, check_output, metadata, running, write_dense
 from tersenet.codecs import FormatError
 from tersenet.display import plain_lines
 from tersenet.replacing import write_atomically
@@ -33,7 +33,6 @@ SOURCE = Annotated[
         " left out where the task brings the model"
     ),
 ]
-METADATA_CAP = 30_000  # bytes of a checkpoint's own text that are kept; a file's notes hold 64 KiB in all
 FILE = Annotated[Path, typer.Argument(help="A .terse file")]
 TASK = Annotated[Path | None, typer.Option("--task", help="Your Python file with a function task() -> tersenet.Task")]
 
@@ -87,7 +86,7 @@ def compress_command(
         if plan:
             typer.echo(str(planned(job, chosen, budget, keep=keep or (), rules=rules)))
             return
-        notes = _metadata(checkpoint)
+        notes = metadata(checkpoint)
         result = compress(job, chosen, budget, keep=keep or (), rules=rules, notes=notes)
     artifact = result.artifact
     verify(artifact.to_bytes(), checkpoint.tensors if source is not None else None)  # before there is a file
@@ -192,7 +191,7 @@ def unpack(
     check_output(output, file)
     with about(file):
         artifact = load(file)
-    _write_dense(artifact, output)
+    write_dense(artifact, output)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
 
 
@@ -347,7 +346,7 @@ def patch_command(
     if output.suffix.lower() == ".terse":
         artifact.save(output)
     else:
-        _write_dense(artifact, output)
+        write_dense(artifact, output)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
 
 
@@ -386,25 +385,6 @@ def doctor() -> None:
         typer.echo(line)
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The notes that carry a checkpoint's own text; what is too long is left out with a word."""
-    notes = {"metadata": checkpoint.metadata} if checkpoint.metadata else {}
-    if len(json.dumps(notes)) <= METADATA_CAP:
-        return notes
-    checkpoint.words.append(f"left out its metadata, which is over {METADATA_CAP:,} bytes")
-    return {}
-
-
-def _write_dense(artifact: Artifact, output: Path) -> None:
-    from tersenet.targets import dense_file
-
-    try:
-        data = dense_file(artifact, output.suffix.lower())
-    except ValueError as wrong:
-        raise ValueError(f"{output}: {wrong}") from None
-    write_atomically(output, data)
-
-
 def _with_state(task: Any, checkpoint: Checkpoint, source: Path) -> None:
     from tersenet.draft import Draft, artifact_of
 
@@ -431,33 +411,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as wrong:
         if os.environ.get("TERSE_TRACEBACK"):
             traceback.print_exc()
-        _stop(_line(wrong), 2)
+        _stop(line_of(wrong), 2)
     if code == 130:
         _stop("stopped; no file was left half written", 130)
     if code:
         sys.exit(code)
-
-
-EXPECTED = (FormatError, ValueError, OSError, KeyError, MemoryError)
-
-
-def _line(wrong: Exception) -> str:
-    """What went wrong, in one line."""
-    if hasattr(wrong, "format_message"):
-        return printable(wrong.format_message())
-    text = str(wrong.args[0] if isinstance(wrong, KeyError) and wrong.args else wrong)
-    if isinstance(wrong, ImportError) and wrong.name in ("torch", "pydantic", "yaml", "safetensors"):
-        text = f"this needs {wrong.name}: pip install 'tersenet[torch]'"
-    elif isinstance(wrong, ImportError) and "tersenet[" in text:  # it says itself what to install
-        pass
-    elif isinstance(wrong, OSError) and wrong.filename is not None:
-        text = f"{wrong.filename}: {wrong.strerror}"
-    elif not isinstance(wrong, EXPECTED) and "loading state_dict" not in text:
-        at = traceback.extract_tb(wrong.__traceback__)[-1]
-        text = (
-            f"{type(wrong).__name__}: {text} ({Path(at.filename).name}, line {at.lineno}; TERSE_TRACEBACK=1 tells all)"
-        )
-    return printable(textwrap.shorten(text, 600, placeholder=" ...")) or type(wrong).__name__
 
 
 def _stop(text: str, code: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tersenet import codecs, container
+from tersenet.access import Source
 from tersenet.codecs.context import Batch
 from tersenet.codecs.stream import FormatError
 from tersenet.container import (
@@ -29,7 +30,7 @@ from tersenet.container import (
     inflated,
 )
 from tersenet.deferred import Deferred
-from tersenet.header import Header, Promise, Source
+from tersenet.header import Header, Promise
 from tersenet.packed import Array, Packed, Tree, parts_of
 
 CONTEXT = CODED.index("context")

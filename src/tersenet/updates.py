@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tersenet.access import Memory, checked
 from tersenet.artifact import Artifact, as_stored, load
 from tersenet.codecs.stream import FormatError
 from tersenet.container import FLOATS, Section, Tensor, as_type, at_hand, from_order, in_order
 from tersenet.decoding import decoded, sections_of
-from tersenet.header import UPDATE, Header, Memory, checked
+from tersenet.header import UPDATE, Header
 from tersenet.packed import Array, Packed, Tree, Uniform, arrays, map_arrays, narrowed, parts_of, unpack
 from tersenet.sources import read
 

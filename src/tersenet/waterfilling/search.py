@@ -92,7 +92,7 @@ class Search:
         errors = ERROR * len({id(tensors[n]) for n in names})
         start = waterfilling.guess(max(self.most - held, self.most // 16)) if self.c is None else self.c
         try:
-            self.c = step_within(size_at, self.most, start, used, tries)
+            self.c = step_within(size_at, self.most, start, used, tries, waterfilling.finest)
         except UnmetBudget as wrong:
             why = f"; {held:,} bytes of it are buffers and what `keep` names" if held > self.most / 4 else ""
             raise UnmetBudget(wrong.most, wrong.least, why) from None
