@@ -184,7 +184,7 @@ def others() -> Iterator[Row]:
 def bits() -> Iterator[Row]:
     import sequence
 
-    for network, widths in (("resnet56", (6, 5, 4)), ("minilm", (6, 4))):
+    for network, widths in (("resnet56", (6, 4)), ("minilm", (4,))):
         task = cifar(network) if network == "resnet56" else sequence.encoder()
         for width in widths:
             rounding = tuple(Uniform(b, by_row=True) for b in (3, 4, 5, 6, 8))
