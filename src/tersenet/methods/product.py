@@ -150,13 +150,14 @@ class Product:
     """At most 2^bits codewords for a layer, each of `kernels` kernels, or of 4 * `kernels` values without kernels.
 
     Vectors lie along the inputs of a row; where they do not divide it the next smaller divisor is taken. A layer gets
-    fewer codewords than a quarter of its vectors. `weighted` reads `stats["inputs"]`, else all errors count alike.
+    fewer codewords than a quarter of its vectors. `weighted` reads `stats["inputs"]`, and then `feedback` makes up for
+    errors; else all count alike.
     """
 
     bits: int = 8
     kernels: int = 1
     weighted: bool = True
-    feedback: bool = False
+    feedback: bool = True
     steps: int = 100
     seed: int = 0
     makes: ClassVar[tuple[type[Packed], ...]] = (Codebook, Reshaped)
@@ -164,8 +165,6 @@ class Product:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 12 or self.kernels < 1 or self.steps < 1:
             raise ValueError("Product takes 1 to 12 bits, at least one kernel in a vector and at least one step")
-        if self.feedback and not self.weighted:
-            raise ValueError("Product's error feedback needs the metric of the inputs: weighted=True")
 
     @property
     def needs(self) -> tuple[str, ...]:
