@@ -21,9 +21,12 @@ check: .venv/test
 	$(BIN)/mypy
 
 # dist/ gets an sdist and, made from that, a wheel for this platform; ls fails where no compiler made the C core of it.
+# On Linux auditwheel then says how old a C library may be (manylinux), since indices take no wheel for linux_x86_64.
 wheel: .venv/release
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+	@for wheel in dist/*-linux_*.whl; do test ! -e $$wheel || \
+	    { PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir dist $$wheel && rm $$wheel; } || exit 1; done
 	@ls dist/*.tar.gz dist/*-py3-none-[!a]*.whl
 
 # A table of bench/, run by hand: make bench NAME=codecs

@@ -8,13 +8,17 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import tersenet
-from tersenet import papers, recipe_file, run
+from tersenet import information, papers, recipe_file, run, sequence
+from tersenet.runtime import attaching, kernels, measure, modules
 
+PLACE = re.compile(r"<function (\w+) at 0x\w+>")  # a default, with where it lies in memory
 MODULES = re.compile(r"\b(?:[a-z_]+\d*\.)+(?=[A-Za-z])")  # before a type's name
 WIDTH = 100
+WHOLE = (information, sequence, attaching, modules, kernels, measure)  # whose public names are all listed
 
 
 def signature(name: str, what: Callable[..., Any]) -> str:
@@ -29,7 +33,7 @@ def signature(name: str, what: Callable[..., Any]) -> str:
         star = next((k for k, p in enumerate(kept) if p.kind is p.KEYWORD_ONLY), len(kept))
         lines = [*map(str, kept[:star]), *(["*"] if star < len(kept) else []), *map(str, kept[star:])]
         text = f"{name}(\n    " + ",\n    ".join(lines) + f",\n){returned}"
-    return MODULES.sub("", text)
+    return MODULES.sub("", PLACE.sub(r"\1", text))
 
 
 def prose(what: Any) -> str:
@@ -53,7 +57,7 @@ def entry(name: str, what: Any, level: int = 3) -> Iterator[str]:
     if inspect.isclass(what):
         for key, member in vars(what).items():
             member = member.__func__ if isinstance(member, staticmethod) else member
-            if key.startswith("_") or not inspect.getdoc(member):
+            if key.startswith("_") or not member.__doc__:  # its own: torch has others for modules
                 continue
             if inspect.isfunction(member):
                 yield f"```py\n{what.__name__}.{signature(key, member)}\n```\n\n{prose(member)}\n"
@@ -82,6 +86,17 @@ def page() -> Iterator[str]:
         for name, what in table.items():
             yield from entry(f"{what.__name__} ({name})", what)
             yield f"`from {what.__module__} import {what.__name__}`\n"
+    for module in WHOLE:
+        yield from public(module)
+
+
+def public(module: ModuleType) -> Iterator[str]:
+    """A module with the classes and functions that it makes public, in its order."""
+    yield f"## {module.__name__}\n\n{prose(module)}\n"
+    for name, what in vars(module).items():
+        own = (inspect.isclass(what) or inspect.isfunction(what)) and what.__module__ == module.__name__
+        if own and not name.startswith("_"):
+            yield from entry(name, what)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from table import write
 
 import tersenet as tn
+from tersenet.access import File
 from tersenet.artifact import Artifact, Coding
-from tersenet.header import File
 from tersenet.sources import read
 
 TENSORS, SHAPE, PART = 40, (2500, 3000), 1

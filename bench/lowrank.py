@@ -44,7 +44,7 @@ from tersenet.tracing.operations import Watch
 from tersenet.where import kept
 
 SEED, SCORED, CALIBRATION, SAMPLES = 0, 1000, 500, 256
-TUNED, COMPACT = Distill(1, lr=0.01, temperature=3.0), 3
+TUNED, COMPACT = Distill(2, lr=0.001, temperature=3.0), 3
 WHOLE = ("conv1.weight", "linear.weight")
 Row = dict[str, Any]
 # By name, the stage, plain or in the metric of the data.
@@ -101,7 +101,7 @@ def tuned() -> Iterator[Row]:
     draft, image = kept(Draft.of_model(task.model), WHOLE), task.test[0][:1]
     whole = macs(task.model, image)
     stages = {
-        "uniform ranks, as many MACs": Pack(SVD(part=0.85, spatial=True), samples=SAMPLES),
+        "uniform ranks, as many MACs": Pack(SVD(part=0.52, spatial=True), samples=SAMPLES),
         "ENC-Map": ENC(0.5, samples=SAMPLES),
         "ENC-Map, plain SVD": ENC(0.5, weighted=False),
         "Tucker-2 with EVBMF's ranks": Pack(Tucker2()),
@@ -184,7 +184,7 @@ def others() -> Iterator[Row]:
 def bits() -> Iterator[Row]:
     import sequence
 
-    for network, widths in (("resnet56", (6, 5, 4)), ("minilm", (6, 4))):
+    for network, widths in (("resnet56", (6, 4)), ("minilm", (4,))):
         task = cifar(network) if network == "resnet56" else sequence.encoder()
         for width in widths:
             rounding = tuple(Uniform(b, by_row=True) for b in (3, 4, 5, 6, 8))

@@ -85,12 +85,6 @@ int64_t terse_levels_digits(const float *x, const float *factor, int64_t count, 
     return count;
 }
 
-INLINE int32_t four(const int8_t *digits) {
-    int32_t value;
-    memcpy(&value, digits, sizeof value);
-    return value;
-}
-
 /* Sums of the scaled products [inputs][ROWS]. */
 INLINE void plain(const block *k, const int32_t bits, const int32_t inputs, const int32_t planes, float *out) {
     for (int32_t b = 0; b < inputs; b++) {
@@ -126,6 +120,12 @@ INLINE void plain(const block *k, const int32_t bits, const int32_t inputs, cons
 #ifdef X86
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
 #define AVX2 __attribute__((target("avx2")))
+
+INLINE int32_t four(const int8_t *digits) {
+    int32_t value;
+    memcpy(&value, digits, sizeof value);
+    return value;
+}
 
 __attribute__((target("avx512f,avx512bw,avx512vnni"), always_inline)) static inline void
 vnni(const block *k, const int32_t bits, const int32_t inputs, const int32_t planes, float *out) {

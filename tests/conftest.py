@@ -152,6 +152,11 @@ def small_files():
     sections = {"graph": Section(b"a graph, a graph, a graph, a graph"), "\u00e9": Section(b"\0\1\2"), "": Section(b"")}
     files["sections"] = Artifact({"w": shared}, sections=sections).to_bytes()
     files["small"] = Artifact(odd | {n: Tensor(t, error=0.1) for n, t in trees().items()}, sections=sections).to_bytes()
+    palette = np.sort(floats(70))
+    palette[30:32] = -0.0, 0.0
+    ends = np.concatenate([[-np.nan, -np.inf], np.linspace(-1, 3e38, 80), [np.inf, np.nan]]).astype(np.float32)
+    rising = {"palette": palette, "ends": ends, "long": np.linspace(-1, 1, 1500, dtype=np.float32)}
+    files["rising"] = Artifact({name: Tensor(values) for name, values in rising.items()}).to_bytes()
     codewords = floats(40, 9)
     several = [Codebook(rng.integers(0, 40, (n, 8)).astype(np.uint8), codewords) for n in (5, 6)]
     files["shared"] = Artifact({f"w{k}": Tensor(tree) for k, tree in enumerate(several)}).to_bytes()

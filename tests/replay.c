@@ -8,6 +8,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#include <malloc.h>
+#define aligned_alloc(alignment, size) _aligned_malloc(size, alignment)
+#define free _aligned_free
+#endif
 
 static struct {
     int64_t kind, value;
@@ -69,6 +76,9 @@ static int64_t call(int64_t function) {
 
 int main(void) {
     int64_t function, calls = 0;
+#ifdef _WIN32
+    _setmode(_fileno(stdin), _O_BINARY);
+#endif
     if (terse_abi() != TERSE_ABI) return printf("terse_abi() is %d\n", (int)terse_abi()), 1;
     for (; fread(&function, sizeof function, 1, stdin) == 1; calls++) {
         int64_t expected = word(), count = word();

@@ -17,12 +17,14 @@ from tersenet.activations import formats_of, into, quantized, rounded
 from tersenet.artifact import Artifact, Section, load
 from tersenet.draft import Draft, artifact_of
 from tersenet.methods.fixed_point import FixedPoint
+from tersenet.methods.kmeans import KMeans
 from tersenet.packed import Sparse, Uniform, unpack
 from tersenet.stages.activations import Activations
 from tersenet.stages.finetune import Finetune
 from tersenet.stages.low_precision import LowPrecision, stochastic
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune
+from tersenet.stages.waterfill import Waterfill
 from tersenet.task import duplicate
 
 
@@ -120,6 +122,15 @@ class Parts(nn.Module):
 
     def forward(self, x):
         return self.last(input=self.gru(self.words(x))[0][:, -1] @ self.turn)
+
+
+def test_what_packs_or_folds_behind_it_is_refused_before_any_work_and_in_a_draft(task):
+    for later in (Pack(KMeans(3)), Waterfill(c=0.01)):
+        with pytest.raises(ValueError, match=r"result of Activations: .* changes what layers give; fix act"):
+            tn.compress(task, (Activations(8), later))
+    fixed = Activations(8, 64)(Draft.of_model(task.model), task)
+    with pytest.raises(ValueError, match="changes what layers give"):
+        Pack(KMeans(3))(fixed, task)
 
 
 def test_embeddings_recurrent_layers_and_keywords_are_rounded_and_what_is_not_is_named():

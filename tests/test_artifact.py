@@ -8,12 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import floats, fresh_process, small_files, trees
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tersenet import FormatError, load
 from tersenet.artifact import Artifact, Coding, Tensor
 from tersenet.codecs import CODECS
 from tersenet.codecs.stream import Reader, put_number
-from tersenet.container import DICTIONARY, DTYPES, FOOTER, POOLED, PREAMBLE, SMALL, SMALL_FOOTER, expanded, inflated
+from tersenet.container import (
+    DICTIONARY,
+    DTYPES,
+    FOOTER,
+    POOLED,
+    PREAMBLE,
+    SMALL,
+    SMALL_FOOTER,
+    expanded,
+    from_order,
+    in_order,
+    inflated,
+)
+from tersenet.decoding import _risen
 from tersenet.header import _plain
 from tersenet.packed import Codebook, Sparse, Uniform, unpack
 from tersenet.writing import _deflated
@@ -202,6 +217,28 @@ def test_floats_are_stored_in_the_narrowest_type_that_loses_nothing():
     assert sizes[0] == sizes[1] < sizes[2]
     big = load(Artifact({"w": Tensor(exact * np.float32(2.0**60))}).to_bytes())["w"]
     assert big.dtype == np.float32 and np.array_equal(big, exact * np.float32(2.0**60))
+
+
+@given(st.binary(min_size=4 * 64, max_size=4 * 1200))
+def test_floats_that_rise_come_back_bit_for_bit_whatever_they_are(data):
+    words = np.frombuffer(data[: len(data) // 4 * 4], "<u4")
+    rising = from_order(np.sort(in_order(words))).view(np.float32)
+    back = load(Artifact({"w": Tensor(rising), "x": Tensor(np.tile(rising, 40))}).to_bytes())
+    assert back["w"].tobytes() == rising.tobytes() and back["x"].tobytes() == np.tile(rising, 40).tobytes()
+
+
+def test_palettes_that_rise_cost_less_than_others_and_others_cost_no_more():
+    palettes = np.random.default_rng(5).normal(size=(20, 256)).astype(np.float32)
+    sizes = [
+        Artifact({f"w{k}": Tensor(p) for k, p in enumerate(which)}).nbytes for which in (np.sort(palettes), palettes)
+    ]
+    least = 20 * sum(np.log2(np.arange(1, 257))) / 8  # the order of 256 values is worth 210 bytes
+    assert sizes[1] - sizes[0] > 0.75 * least
+
+
+def test_floats_that_rise_beyond_all_floats_are_refused():
+    with pytest.raises(FormatError, match="go beyond all floats"):
+        _risen(np.full(3, 2**31, np.uint32).view(np.float32))
 
 
 def test_a_header_of_a_small_net_costs_tens_of_bytes():

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from test_golden import GOLDEN, HASHES
 
+from tersenet.access import Memory
 from tersenet.codecs import CODECS
 from tersenet.codecs.context import encode_levels
 from tersenet.codecs.context_model import CHOICES, MODELS, Model, value_range, walked
 from tersenet.codecs.trellis import follows
 from tersenet.container import CODED, INTEGERS
-from tersenet.header import Header, Memory
+from tersenet.header import Header
 
 CONTEXT = CODED.index("context")
 WIDE = -(1 << 31), (1 << 31) - 1

@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import os
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -43,6 +45,8 @@ MACHINES = {  # a compiler with its flags, and what runs its programs here
     "32-bit ARM": ("arm-linux-gnueabihf-gcc -static", "qemu-arm"),
     "64-bit ARM": ("aarch64-linux-gnu-gcc -static", "qemu-aarch64"),
     "64-bit ARM, in plain C": ("aarch64-linux-gnu-gcc -static -DTERSE_PLAIN", "qemu-aarch64"),
+    "Windows": ("x86_64-w64-mingw32-gcc", "wine"),
+    "Windows, in plain C": ("x86_64-w64-mingw32-gcc -DTERSE_PLAIN", "wine"),
 }
 
 
@@ -156,10 +160,39 @@ def test_other_machines_code_the_same_bytes(machine, calls, tmp_path):
         pytest.skip("programs of this machine are tried on Linux")
     if runner and not shutil.which(runner):
         pytest.skip(f"no {runner}")
-    program = compiled(tmp_path, "replay", compiler, *SOURCES, HERE / "replay.c")
-    done = subprocess.run([*runner.split(), program], input=calls, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b""), done.stdout.decode()
+    program = compiled(tmp_path, "replay.exe", compiler, *SOURCES, HERE / "replay.c")
+    environment = os.environ | {"WINEPREFIX": str(tmp_path / "wine"), "WINEDEBUG": "-all"}
+    done = subprocess.run([*runner.split(), program], input=calls, capture_output=True, check=False, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()
     assert int(done.stdout.split()[0]) > 100
+
+
+def test_a_library_for_windows_exports_what_the_header_declares(tmp_path):
+    path = compiled(tmp_path, "_terse.dll", "x86_64-w64-mingw32-gcc -shared", *SOURCES)
+    listed = subprocess.run(
+        ["x86_64-w64-mingw32-objdump", "-p", path], capture_output=True, text=True, check=True
+    ).stdout
+    exported = re.findall(r"^\t\[ *\d+\] (\w+)$", listed, re.MULTILINE)
+    declared = re.findall(
+        r"^TERSE_API[^(;]*?\b(terse_\w+)\(", (HERE.parent / "native" / "terse.h").read_text(), re.MULTILINE
+    )
+    assert sorted(exported) == sorted(declared) and {f"terse_{name}" for name in FUNCTIONS} <= set(declared)
+    assert not re.findall(r"DLL Name: (lib.*)", listed)  # which no Windows has
+
+
+def test_the_core_is_c_that_msvc_takes(tmp_path):
+    """As Clang reads C for it, with the little of its headers that the core includes."""
+    if not shutil.which("clang"):
+        pytest.skip("no clang")
+    (tmp_path / "string.h").write_text(
+        "#include <stddef.h>\nvoid *memset(void *, int, size_t);\nint memcmp(const void *, const void *, size_t);\n"
+        "void *memcpy(void *, const void *, size_t);\nvoid *memmove(void *, const void *, size_t);\n"
+    )
+    (tmp_path / "intrin.h").write_text("long _InterlockedExchangeAdd(long volatile *, long);\n")
+    for machine in ("x86_64", "aarch64"):
+        target = f"--target={machine}-pc-windows-msvc", "-ffreestanding", "-fsyntax-only", "-isystem", tmp_path
+        done = subprocess.run(["clang", *target, *STRICT, *SOURCES], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_plain_c_serves_files_as_the_core_does(tmp_path, monkeypatch):

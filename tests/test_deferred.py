@@ -14,10 +14,11 @@ import pytest
 from conftest import floats, small_files, trees
 
 from tersenet import FormatError, load
+from tersenet.access import File
 from tersenet.artifact import Artifact, Coding, Tensor, errors_against
 from tersenet.container import PREAMBLE
 from tersenet.deferred import Deferred
-from tersenet.header import File, Header
+from tersenet.header import Header
 from tersenet.packed import Packed
 from tersenet.replacing import write_atomically
 

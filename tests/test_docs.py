@@ -263,6 +263,9 @@ def test_the_site_is_built_of_these_pages_and_fetches_nothing(tmp_path):
             assert re.search(f'href="(./)?{name}"', pages["index.html"]), f"{name}: add it to zensical.toml"
     for path in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", path.read_text()), path.name
+    for name in ("InformationPlane", "akde", "beam_search", "sequence_level", "PackedLinear", "attached", "choose"):
+        assert re.search(f"<h3[^>]*>{name}<", pages["api.html"]), name
+    assert "_searched" not in pages["api.html"]
     assert "Append a line to" in pages["contributing.html"]
     assert (
         "deep_compression (deep-compression)" in pages["api.html"]

@@ -11,10 +11,11 @@ from conftest import floats, fresh_process, small_files
 from mutations import Part, corpus, mutated, outcome, put_together
 
 from tersenet import FormatError, load, native
+from tersenet.access import Memory
 from tersenet.artifact import Artifact, Tensor
 from tersenet.codecs import CODECS
 from tersenet.container import DEFLATED, FORMATS
-from tersenet.header import Header, Memory
+from tersenet.header import Header
 from tersenet.packed import NODES, Factored, Packed, Transformed, arrays, kernel_dct
 
 CASES = 20_000

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import tersenet as tn
 from tersenet.artifact import Artifact, Tensor
 from tersenet.journal import NAME, RESULT, read
 from tersenet.packed import Codebook, Sparse, Uniform
-from tersenet.report.facts import Facts
+from tersenet.report.facts import Facts, peers_of
 from tersenet.report.page import HERE, compare, report
 from tersenet.report.told import Told
 from tersenet.report.weights import histogram, image, mask
@@ -214,6 +215,31 @@ def test_several_files_stand_side_by_side():
 # ---------------------------------------------------------------- pictures of weights
 
 
+def test_what_others_made_stands_beside_a_file_that_tells_its_metric(tmp_path):
+    peers = [{"name": "theirs", "bytes": 51200, "metric": 0.971}, {"name": "<b>$x$\x1b", "bytes": 9e6, "metric": 1}]
+    (tmp_path / "peers.json").write_text(json.dumps(peers))
+    artifact = Artifact({"w": Tensor(np.ones((30, 40), np.float32))}, meta={"metric": 0.9875})
+    facts = replace(Facts.made("ours", artifact, Told()), peers=peers_of(tmp_path / "peers.json"))
+    page = report(facts)
+    said = " ".join(svg["aria-label"] for svg in Reader(page).all("svg"))
+    assert f"ours: {artifact.nbytes:,} bytes, 0.9875" in said and "theirs: 51,200 bytes, 0.9710" in said
+    assert "<b>$x$\\x1b: 9,000,000 bytes, 1.0000" in said and "as they were given" in text_of(page)
+    assert "the file tells no metric" in text_of(report(replace(facts, artifact=Artifact(artifact.tensors))))
+    assert "no points of others were given" in text_of(report(replace(facts, peers=())))
+    for wrong in (
+        "{",
+        "3",
+        "[3]",
+        '[{"name": "a"}]',
+        '[{"name": "a", "bytes": 0, "metric": 1}]',
+        '{"name": 3}',
+        f'[{{"name": 3, "bytes": 1{"0" * 400}, "metric": 1}}]',
+    ):
+        (tmp_path / "peers.json").write_text(wrong)
+        with pytest.raises(ValueError, match="is no JSON list of peers"):
+            peers_of(tmp_path / "peers.json")
+
+
 def test_shares_of_values_and_zeros_add_up_for_every_kind_of_tree():
     for name, tree in trees().items():
         found = histogram(Tensor(tree))
@@ -393,6 +419,9 @@ def test_the_command_writes_pages_and_says_in_one_line_what_is_wrong(home):  # n
     page = (home / "a.html").read_text("utf-8")
     assert "wrote" in out and "Error of outputs" in page and "What was tried" in page
     run = next((home / "cache" / "tersenet").glob(f"*/{RESULT}")).parent
+    (home / "peers.json").write_text('[{"name": "theirs", "bytes": 1500, "metric": 0.9}]')
+    terse("report", home / "a.terse", "--peers", home / "peers.json", "-o", home / "beside.html")
+    assert "theirs: 1,500 bytes, 0.9000" in (home / "beside.html").read_text("utf-8")
     terse("report", run, "-o", home / "run.html")
     terse("compare", home / "a.terse", home / "b.terse", "-o", home / "both.html")
     assert "a.terse, b.terse" in (home / "both.html").read_text("utf-8")

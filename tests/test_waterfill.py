@@ -283,6 +283,20 @@ def test_the_search_for_a_step_ends_below_the_budget():
     for edge in (0.012, 0.3):  # sizes that hardly move and then jump
         c = step_within(lambda c, edge=edge: 4_071 - int(10 * c) if c < edge else 3_900, 4_000, 0.01)
         assert edge <= c < 1.5 * edge
+    tried = []
+    c = step_within(lambda c: tried.append(c) or 3_000 - int(10 * c), 4_000, 0.01, finest=0.005)
+    assert c == pytest.approx(0.005) and len(set(tried)) == len(tried) < 8
+
+
+def test_a_size_that_no_levels_fill_is_not_searched_at_ever_finer_steps():
+    rng = np.random.default_rng(2)
+    w, v = rng.normal(size=(96, 64)).astype(np.float32), rng.normal(0, 1e-6, (64, 64, 3, 3)).astype(np.float32)
+    plain = Waterfilling.of(Knowledge.of(Draft.of_arrays({"w": w, "v": v}), None), aware=False)
+    search = Search(140_000, QUICK)
+    draft, size = search.finest(plain, 0.0, "all")
+    assert len(search.tried) < 8 and 100_000 < size < 0.985 * 140_000
+    assert relative_error(unpack(draft.tensors["w"].tree), w) < 1e-5
+    assert relative_error(unpack(draft.tensors["v"].tree), v) < 1e-5
 
 
 def test_without_a_recipe_the_command_quantizes(tmp_path):

@@ -14,7 +14,7 @@ enum { UNIFORM = TAG_NODE, CODEBOOK, SPARSE, SLICED, FACTORED, TRANSFORMED, RESH
 #define POOLED 127
 
 #define FORMAT_BOOL 0
-#define FORMAT_FLOATS 9 /* f16, f32, f64, then f32 held as f16 and as bf16, f64 held as f32 */
+#define FORMAT_FLOATS 9 /* f16, f32, f64, then f32 held as f16 and as bf16, f64 held as f32, f32 that rise */
 
 /* A value of the header: a number, a tuple, an array, a node. */
 typedef struct device_item {

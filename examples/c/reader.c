@@ -119,7 +119,7 @@ static void array(parser *p, device_item *a) {
 /* Whether a tensor of that type may be this: a node of floats, or a bare array of the type itself, of f32 for bf16, of u8 for
  * 8-bit floats. */
 static int32_t fits(uint32_t type, const device_item *tree) {
-    const uint32_t narrow[3] = {10, 10, 11};
+    const uint32_t narrow[4] = {10, 10, 11, 10};
     if (tree->tag >= TAG_NODE) return type >= 9 && type <= 12;
     return tree->tag == TAG_ARRAY &&
            (tree->format < 12 ? tree->format : narrow[tree->format - 12]) == (type < 12 ? type : type == 12 ? 10 : 1);

@@ -16,7 +16,7 @@ enum {
     DEVICE_MISSING      /* there is no such tensor, or not of that shape */
 };
 
-#define DEVICE_FORMATS 15
+#define DEVICE_FORMATS 16
 #define DEVICE_AXES 8
 
 typedef struct {

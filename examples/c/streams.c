@@ -346,6 +346,20 @@ static void widen(device_item *a, uint32_t width) {
     }
 }
 
+/* Floats that never fall, from how far the bits of each, in the order of floats, are from those of the last. */
+static int32_t rise(device_item *a) {
+    uint64_t sum = 0;
+    for (uint32_t k = 0; k < a->size; k++) {
+        uint32_t word;
+        memcpy(&word, &a->floats[k], sizeof word);
+        sum += word;
+        if (sum >> 32) return -1;
+        word = (uint32_t)sum >> 31 ? (uint32_t)sum ^ 1u << 31 : ~(uint32_t)sum;
+        memcpy(&a->floats[k], &word, sizeof word);
+    }
+    return 0;
+}
+
 int32_t device_decode(device_file *f, device_item *a) {
     static const int32_t ends[][2] = {{0, 1}, {0, 255}, {-128, 127}, {0, 65535}, {-32768, 32767}, {0, INT32_MAX},
                                       {INT32_MIN, INT32_MAX}, {0, INT32_MAX}, {INT32_MIN, INT32_MAX}};
@@ -360,7 +374,7 @@ int32_t device_decode(device_file *f, device_item *a) {
         if (!pooled) memcpy(extent, a->extent, sizeof extent), rank = a->rank;
     } else {
         if (a->format == 11 || a->format == 14) return device_fail(f, DEVICE_UNSUPPORTED); /* double precision */
-        s.width = a->format == 10 ? 4 : 2;
+        s.width = a->format == 10 || a->format == 15 ? 4 : 2;
         if (count > UINT32_MAX / 4) return device_fail(f, DEVICE_UNSUPPORTED);
         s.count = extent[0] = count * s.width;
     }
@@ -376,6 +390,7 @@ int32_t device_decode(device_file *f, device_item *a) {
     else return device_fail(f, DEVICE_UNSUPPORTED);
     if (wrong || s.bad || s.at != s.count) return device_fail(f, DEVICE_DAMAGED);
     if (s.width) widen(a, s.width);
+    if (a->format == 15 && rise(a)) return device_fail(f, DEVICE_DAMAGED);
     /* What is kept was lent first: all behind it goes back. */
     f->high = before + ((s.width ? (size_t)a->size * sizeof *a->floats : ((size_t)a->size * a->bits + 7) / 8) + 15) / 16 * 16;
     return f->error;

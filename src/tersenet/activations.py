@@ -18,9 +18,10 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from tersenet.artifact import Artifact, FormatError
 from tersenet.data import mapped
+from tersenet.display import progress
 from tersenet.draft import ACTIVATIONS
 from tersenet.methods.fixed_point import binary_point
-from tersenet.task import Task, duplicate, one_thread, progress
+from tersenet.task import Task, duplicate, one_thread
 
 Formats: TypeAlias = Mapping[str, Sequence[int]]  # by layer: bits, those behind the binary point of inputs, of outputs
 LARGEST = 2.0**128  # value that float32 cannot hold

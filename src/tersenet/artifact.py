@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tersenet.access import File, Memory, Source, checked
 from tersenet.codecs.stream import FormatError
 from tersenet.container import (
     CODED,
     FLOATS,
     FORMATS,
     POOLED,
+    RISING,
     SMALL,
     Coding,
     Section,
@@ -34,7 +36,7 @@ from tersenet.container import (
 from tersenet.decoding import Opened, decoded, sections_of
 from tersenet.deferred import Deferred
 from tersenet.dense import as_stored, numbers, place, relative_error, same
-from tersenet.header import UPDATE, File, Header, Memory, Source, checked
+from tersenet.header import UPDATE, Header
 from tersenet.packed import Array, Packed, Tree
 from tersenet.replacing import scratch, write_atomically
 from tersenet.writing import pieces, write, written
@@ -326,7 +328,8 @@ def _ruled(note: str, rule: str) -> str:
 
 def _kinds(tree: Tree) -> str:
     if not isinstance(tree, Packed):
-        return str(FORMATS[tree.form][1])
+        held, stored = FORMATS[tree.form]
+        return str(held if stored == RISING else stored)
     below = (getattr(tree, f.name) for f in fields(tree))
     inner = [_kinds(child) for child in below if isinstance(child, Packed)]
     return f"{type(tree).__name__}({', '.join(inner)})" if inner else type(tree).__name__

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.data import samples
+from tersenet.display import progress
 from tersenet.likelihood import Likelihood
-from tersenet.task import Task, duplicate, one_thread, progress, spread
+from tersenet.task import Task, duplicate, one_thread, spread
 from tersenet.tracing.operations import Form, Use, Watch
 
 MOST = 1 << 23  # numbers in a moment: 64 MiB

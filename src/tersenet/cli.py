@@ -1,4 +1,4 @@
-"""The command `terse`: compress, inspect, verify, report, compare, unpack, export, bench, diff, patch, recipes, doctor.
+"""The command `terse`: compress, inspect, verify, report, log, compare, unpack, export, bench, diff, patch, and more.
 
 Exit codes: 0 done, 1 the promise was not met, 2 wrong use or bad input (one line says what, where, and what to do).
 """
@@ -8,18 +8,20 @@ import json
 import math
 import os
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tersenet.artifact import Artifact, load, printable
+from tersenet.artifact import load, printable
 from tersenet.budget import PromiseBroken
-from tersenet.cli_files import about, check_output, running
+from tersenet.cli_errors import line_of
+from tersenet.cli_files import about, check_output, metadata, running, write_dense
 from tersenet.codecs import FormatError
+from tersenet.display import plain_lines
 from tersenet.replacing import write_atomically
 from tersenet.sources import Checkpoint, read
 
@@ -32,7 +34,6 @@ SOURCE = Annotated[
         " left out where the task brings the model"
     ),
 ]
-METADATA_CAP = 30_000  # bytes of a checkpoint's own text that are kept; a file's notes hold 64 KiB in all
 FILE = Annotated[Path, typer.Argument(help="A .terse file")]
 TASK = Annotated[Path | None, typer.Option("--task", help="Your Python file with a function task() -> tersenet.Task")]
 
@@ -86,7 +87,7 @@ def compress_command(
         if plan:
             typer.echo(str(planned(job, chosen, budget, keep=keep or (), rules=rules)))
             return
-        notes = _metadata(checkpoint)
+        notes = metadata(checkpoint)
         result = compress(job, chosen, budget, keep=keep or (), rules=rules, notes=notes)
     artifact = result.artifact
     verify(artifact.to_bytes(), checkpoint.tensors if source is not None else None)  # before there is a file
@@ -191,7 +192,7 @@ def unpack(
     check_output(output, file)
     with about(file):
         artifact = load(file)
-    _write_dense(artifact, output)
+    write_dense(artifact, output)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
 
 
@@ -225,15 +226,19 @@ def report_command(
     source: Annotated[Path, typer.Argument(help="A .terse file, or the folder of a run")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write")] = Path("report.html"),
     task: TASK = None,
+    peers: Annotated[
+        Path | None, typer.Option(help='What others made, JSON: [{"name": "theirs", "bytes": 51200, "metric": 0.971}]')
+    ] = None,
 ) -> None:
     """Write a page that shows a file, and the run that made it: ledger, pictures of weights, what was tried.
 
     With --task also how far each layer's outputs are from the original's on training inputs.
     """
-    from tersenet.report.facts import Facts
+    from tersenet.report.facts import Facts, peers_of
     from tersenet.report.page import report
 
-    check_output(output, source)
+    check_output(output, source, peers)
+    others = peers_of(peers) if peers else ()
     with about(source):
         facts = Facts.of(source)
     if task and facts.artifact is not None:
@@ -241,8 +246,35 @@ def report_command(
 
         with running(task) as job:
             facts = Facts.made(facts.title, facts.artifact, facts.told, output_errors(facts.artifact, job))
-    write_atomically(output, report(facts).encode())
+    write_atomically(output, report(replace(facts, peers=others)).encode())
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes): open it in a browser")
+
+
+@app.command()
+def log(
+    source: Annotated[Path, typer.Argument(help="A .terse file, or the folder of a run")],
+    tensorboard: Annotated[Path | None, typer.Option(help="The folder to write events for TensorBoard to")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="MLflow's tracking address, e.g. http://localhost:5000")] = None,
+) -> None:
+    """Write the curves of a run, also of one that goes on, for TensorBoard or MLflow: losses, metrics, bytes.
+
+    [dim]terse log model.terse --tensorboard runs/first[/dim]
+    """
+    from tersenet.report.facts import Facts
+    from tersenet.report.scalars import to_mlflow, to_tensorboard
+
+    if tensorboard is None and mlflow is None:
+        raise ValueError("where to? give --tensorboard FOLDER or --mlflow ADDRESS")
+    with about(source):
+        told = Facts.of(source).told
+    if not told.recipe:
+        raise ValueError(f"{source}: the run that made this file is not known; give its folder instead of the file")
+    if tensorboard is not None:
+        count = to_tensorboard(told, tensorboard)
+        typer.echo(f"wrote {count:,} values. Next: tensorboard --logdir {tensorboard}")
+    if mlflow is not None:
+        count = to_mlflow(told, source.name, mlflow)
+        typer.echo(f"wrote {count:,} values. Next: the experiment 'tersenet' at {mlflow}, run {printable(source.name)}")
 
 
 @app.command(name="compare")
@@ -315,7 +347,7 @@ def patch_command(
     if output.suffix.lower() == ".terse":
         artifact.save(output)
     else:
-        _write_dense(artifact, output)
+        write_dense(artifact, output)
     typer.echo(f"wrote {output} ({len(artifact.tensors)} tensors)")
 
 
@@ -355,25 +387,6 @@ def doctor() -> None:
         typer.echo(line)
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The notes that carry a checkpoint's own text; what is too long is left out with a word."""
-    notes = {"metadata": checkpoint.metadata} if checkpoint.metadata else {}
-    if len(json.dumps(notes)) <= METADATA_CAP:
-        return notes
-    checkpoint.words.append(f"left out its metadata, which is over {METADATA_CAP:,} bytes")
-    return {}
-
-
-def _write_dense(artifact: Artifact, output: Path) -> None:
-    from tersenet.targets import dense_file
-
-    try:
-        data = dense_file(artifact, output.suffix.lower())
-    except ValueError as wrong:
-        raise ValueError(f"{output}: {wrong}") from None
-    write_atomically(output, data)
-
-
 def _with_state(task: Any, checkpoint: Checkpoint, source: Path) -> None:
     from tersenet.draft import Draft, artifact_of
 
@@ -389,7 +402,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
-        code = app(arguments, prog_name="terse", standalone_mode=False)
+        with plain_lines():
+            code = app(arguments, prog_name="terse", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except SystemExit as end:  # of shell completion, or of a pipe that was closed
@@ -399,33 +413,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as wrong:
         if os.environ.get("TERSE_TRACEBACK"):
             traceback.print_exc()
-        _stop(_line(wrong), 2)
+        _stop(line_of(wrong), 2)
     if code == 130:
         _stop("stopped; no file was left half written", 130)
     if code:
         sys.exit(code)
-
-
-EXPECTED = (FormatError, ValueError, OSError, KeyError, MemoryError)
-
-
-def _line(wrong: Exception) -> str:
-    """What went wrong, in one line."""
-    if hasattr(wrong, "format_message"):
-        return printable(wrong.format_message())
-    text = str(wrong.args[0] if isinstance(wrong, KeyError) and wrong.args else wrong)
-    if isinstance(wrong, ImportError) and wrong.name in ("torch", "pydantic", "yaml", "safetensors"):
-        text = f"this needs {wrong.name}: pip install 'tersenet[torch]'"
-    elif isinstance(wrong, ImportError) and "tersenet[" in text:  # it says itself what to install
-        pass
-    elif isinstance(wrong, OSError) and wrong.filename is not None:
-        text = f"{wrong.filename}: {wrong.strerror}"
-    elif not isinstance(wrong, EXPECTED) and "loading state_dict" not in text:
-        at = traceback.extract_tb(wrong.__traceback__)[-1]
-        text = (
-            f"{type(wrong).__name__}: {text} ({Path(at.filename).name}, line {at.lineno}; TERSE_TRACEBACK=1 tells all)"
-        )
-    return printable(textwrap.shorten(text, 600, placeholder=" ...")) or type(wrong).__name__
 
 
 def _stop(text: str, code: int) -> None:

@@ -1,12 +1,18 @@
 """What commands read and write: refused before any work where it cannot be, and named where it is bad."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tersenet.artifact import Artifact
 from tersenet.codecs import FormatError
+from tersenet.replacing import write_atomically
+from tersenet.sources import Checkpoint
+
+METADATA_CAP = 30_000  # bytes of a checkpoint's own text that are kept; a file's notes hold 64 KiB in all
 
 
 def check_output(output: Path, *inputs: Path | None) -> None:
@@ -42,3 +48,23 @@ def running(path: Path | None) -> Iterator[Any]:
     job = task_of(path)
     with blamed(path):
         yield job
+
+
+def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The notes that carry a checkpoint's own text; what is too long is left out with a word."""
+    notes = {"metadata": checkpoint.metadata} if checkpoint.metadata else {}
+    if len(json.dumps(notes)) <= METADATA_CAP:
+        return notes
+    checkpoint.words.append(f"left out its metadata, which is over {METADATA_CAP:,} bytes")
+    return {}
+
+
+def write_dense(artifact: Artifact, output: Path) -> None:
+    """Write the dense weights in the format that the output's name ends in."""
+    from tersenet.targets import dense_file
+
+    try:
+        data = dense_file(artifact, output.suffix.lower())
+    except ValueError as wrong:
+        raise ValueError(f"{output}: {wrong}") from None
+    write_atomically(output, data)

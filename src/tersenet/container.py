@@ -26,14 +26,15 @@ ALIAS = 255  # in place of a type: the tensor is an earlier one
 SHARED = 255  # in place of a tag: the array is an earlier one
 POOLED_SIZE, POOLED_VECTOR = 64, 1024  # values of arrays, and of vectors, that share the stream of others
 
+RISING = "rising"  # float32 that never fall, as those of a palette: how far the bits of each are from the last's
 # How an array lies in memory and, where that loses nothing, in a narrower type in the file. Only ever append.
 FORMATS = [
     ("bool", "bool"), ("uint8", "uint8"), ("int8", "int8"), ("uint16", "uint16"), ("int16", "int16"),
     ("uint32", "uint32"), ("int32", "int32"), ("uint64", "uint64"), ("int64", "int64"),
     ("float16", "float16"), ("float32", "float32"), ("float64", "float64"),
-    ("float32", "float16"), ("float32", "bfloat16"), ("float64", "float32"),
+    ("float32", "float16"), ("float32", "bfloat16"), ("float64", "float32"), ("float32", RISING),
 ]  # fmt: skip
-WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, RISING: 4}
 DTYPES = [
     "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64",
     "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
@@ -136,6 +137,22 @@ class Tensor:
         if self.dtype == "float16" and isinstance(self.tree, Packed):
             dense = np.asarray(np.clip(dense, -65504, 65504))  # what packing moved past the largest half is no infinity
         return as_type(dense, self.dtype)
+
+
+def in_order(words: Array) -> Array:
+    """The bits of floats, as unsigned integers, in the floats' order: -0.0 next to 0.0, NaN at the ends.
+
+    >>> in_order(np.array([-1.0, -0.0, 0.0, 1.0], np.float32).view(np.uint32)).argsort().tolist()
+    [0, 1, 2, 3]
+    """
+    top = words.dtype.type(1 << (8 * words.itemsize - 1))
+    return np.where(words & top, ~words, words | top)
+
+
+def from_order(words: Array) -> Array:
+    """The inverse of `in_order`."""
+    top = words.dtype.type(1 << (8 * words.itemsize - 1))
+    return np.where(words & top, words ^ top, ~words)
 
 
 def as_type(dense: Array, dtype: str) -> Array:

@@ -1,8 +1,9 @@
 """What stages take and make: a recipe is refused before any work, in a line that names layer, stage and remedy.
 
 A stage may say, as attributes of its class, what it `refuses` and what it `requires`, each with the remedy, and what it
-`makes`. These are kinds of nodes in weights, folded `NORMS` and `DATA` to train on. A stage that says nothing is taken
-to take everything and to make nothing that matters to others.
+`makes`. These are kinds of nodes in weights, folded `NORMS`, `DATA` to train on and activations that are `FIXED`, whose
+ranges no longer fit once a stage makes anything of the weights. A stage that says nothing is taken to take everything
+and to make nothing that matters to others.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from tersenet.structure import nodes
 from tersenet.task import Task
 
 Kind: TypeAlias = type[Packed] | str
-NORMS, DATA = "folded norms", "training data"
+NORMS, DATA, FIXED = "folded norms", "training data", "activations in fixed point"
 PACKED: tuple[Kind, ...] = (Codebook, Uniform, Transformed, Factored, Bloomier, Lattice, Hashed)  # not free any more
 
 
@@ -36,7 +37,10 @@ def check(recipe: Iterable[object], draft: Draft, task: Task | None) -> None:
         for kind, remedy in required.items():
             if kind not in there:
                 raise ValueError(f"{name} {remedy}")
-        there = dict.fromkeys(getattr(stage, "makes", ()), f"the result of {name}") | there
+        makes: Iterable[Kind] = getattr(stage, "makes", ())
+        if FIXED in there and set(makes) - {FIXED}:
+            raise ValueError(f"{there[FIXED]}: {name} changes what layers give; fix activations behind it")
+        there = dict.fromkeys(makes, f"the result of {name}") | there
 
 
 def facts(draft: Draft, task: Task | None) -> dict[Kind, str]:
@@ -47,6 +51,8 @@ def facts(draft: Draft, task: Task | None) -> dict[Kind, str]:
             found.setdefault(type(node), name)
     if norms := folded_norms(draft.tensors):
         found[NORMS] = min(norms)
+    if draft.activations:
+        found[FIXED] = min(draft.activations)
     if task is not None and task.train is not None and draft.model is not None:
         found[DATA] = "the task"
     return found

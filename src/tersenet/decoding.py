@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tersenet import codecs, container
+from tersenet.access import Source
 from tersenet.codecs.context import Batch
 from tersenet.codecs.stream import FormatError
 from tersenet.container import (
@@ -21,13 +22,15 @@ from tersenet.container import (
     FORMATS,
     POOLED,
     REQUIRED,
+    RISING,
     WIDTH,
     Section,
     Tensor,
+    from_order,
     inflated,
 )
 from tersenet.deferred import Deferred
-from tersenet.header import Header, Promise, Source
+from tersenet.header import Header, Promise
 from tersenet.packed import Array, Packed, Tree, parts_of
 
 CONTEXT = CODED.index("context")
@@ -119,7 +122,17 @@ def _kept(header: Header, promises: Iterable[Promise], data: Source) -> dict[int
     for key, p in wanted.items():
         if p.codec == POOLED:
             arrays[key] = pools[p.form][p.offset : p.offset + p.size].reshape(p.shape)
+        if FORMATS[p.form][1] == RISING:
+            arrays[key] = _risen(arrays[key])
     return arrays
+
+
+def _risen(distances: Array) -> Array:
+    """Floats from how far the bits of each are from those of the last, of which the sum is below 2^32."""
+    words = np.cumsum(distances.reshape(-1).view(np.uint32), dtype=np.uint64)
+    if words.size and words[-1] >> 32:
+        raise FormatError("values that rise go beyond all floats")
+    return from_order(words.astype(np.uint32)).view(np.float32).reshape(distances.shape)
 
 
 def _tree(header: Header, name: str, arrays: Mapping[int, Array]) -> Tree:

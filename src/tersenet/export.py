@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from tersenet.access import Memory
 from tersenet.artifact import Artifact, load, printable
 from tersenet.codecs.context import walk_of
 from tersenet.container import CODED, INTEGERS, POOLED, Tensor
-from tersenet.header import Header, Memory, Promise
+from tersenet.header import Header, Promise
 from tersenet.packed import (
     Array,
     Codebook,

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tersenet.display import say
 from tersenet.replacing import write_atomically
 
 Row = dict[str, Any]
 NAME, RESULT = "run.jsonl", "result.terse"
+SHOWN = ("bytes", "loss", "metric", "error", "score")  # of a row, to who waits
 
 
 @dataclass
@@ -35,8 +37,10 @@ class Journal:
         self.folder, self.earlier = folder, [] if folder is None else read(folder / NAME)
 
     def write(self, **row: Any) -> None:
-        """Add a row; in the file it has the time, in seconds since 1970, too."""
+        """Add a row; in the file it has the time, in seconds since 1970, too. What it has come to is shown."""
         self.rows.append(row)
+        if text := _come_to(row):
+            say(text)
         if self.folder is None:
             return
         line = json.dumps({"time": round(time.time(), 2), **row}, default=_plain).encode() + b"\n"
@@ -136,6 +140,16 @@ def memory() -> float | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(most / (1e6 if sys.platform == "darwin" else 1e3), 1)
+
+
+def _come_to(row: Row) -> str:
+    """The numbers of a row that are shown.
+
+    >>> _come_to({"candidate": "rows 0.5", "bytes": 12345, "error": 0.0312})
+    'bytes 12,345, error 0.0312'
+    """
+    found = {name: row[name] for name in SHOWN if isinstance(row.get(name), int | float)}
+    return ", ".join(f"{name} {v:,}" if isinstance(v, int) else f"{name} {v:.5g}" for name, v in found.items())
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from tersenet.artifact import Artifact, Coding, FormatError, Tensor, errors_agai
 from tersenet.budget import Budget, PromiseBroken, UnmetBudget
 from tersenet.calibrate import moments
 from tersenet.contract import check
+from tersenet.display import finished
 from tersenet.draft import ERROR, Draft, artifact_of, dense_array
 from tersenet.folding import refolded
 from tersenet.journal import Journal, Row, cache_folder
@@ -223,11 +223,7 @@ def _keep_drop(budget: Budget, task: Task, before: float, after: float, where: s
 
 
 def _log(row: Row) -> None:
-    if sys.stderr.isatty():
-        from rich.console import Console
-
-        text = "  ".join(f"{name} {value}" for name, value in row.items())
-        Console(stderr=True).print(text, style="dim", highlight=False)
+    finished("  ".join(f"{name} {value}" for name, value in row.items()))
 
 
 def verify(

@@ -16,6 +16,7 @@ from tersenet.artifact import Artifact, Coding, FormatError, Section, load
 from tersenet.container import at_hand
 from tersenet.contract import check
 from tersenet.data import is_pair
+from tersenet.display import working
 from tersenet.draft import QUICK, Draft, artifact_of, dense_array
 from tersenet.journal import Row, memory
 from tersenet.key import Uncacheable, key_of
@@ -124,7 +125,7 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
         folder = None
         journal.give_up(str(reason))
     journal.write(run=[str(stage) for stage in recipe], key=marks[-1], **versions())
-    for stage, mark in zip(stages, marks[1:], strict=True):
+    for number, (stage, mark) in enumerate(zip(stages, marks[1:], strict=True), 1):
         kept = None if folder is None else folder / f"{mark}.terse"
         since = time.monotonic()
         earlier = _kept(kept)
@@ -134,7 +135,8 @@ def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, lo
             draft = replace(draft, tensors=at_hand(earlier.tensors), trainable=trainable, **facts)
             row = {n: v for n, v in earlier.meta.items() if n not in ("folded", "rules")} | {"kept": True}
         else:
-            draft = stage(draft, task)
+            with working(f"stage {number} of {len(stages)}: {type(stage).__name__}"):
+                draft = stage(draft, task)
             whole = artifact_of(draft)
             row = {"stage": str(stage), **_measured(draft, task), "bytes": Artifact(whole.tensors, QUICK).nbytes}
             row |= {"seconds": round(time.monotonic() - since, 1), "memory": memory()}

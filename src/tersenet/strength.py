@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from tersenet.allocators.lagrange import step_within
 from tersenet.artifact import Coding
 from tersenet.budget import Budget, UnmetBudget
+from tersenet.display import best_so_far, progress
 from tersenet.run import Recipe, Stage
 
 SETTINGS = ("density", "macs", "part", "scale", "bits")  # the first that a recipe has is its own
@@ -93,7 +94,7 @@ def meeting(
                 sizes[e] = 1 if e > 1 else max(most + 1, 2 * max(sizes.values()))
         return sizes[e]
 
-    for _ in range(RUNS):
+    for _ in progress(range(RUNS), f"tries of the {name}", RUNS):
         try:
             at = step_within(quick, max(1, int(aim)), start)
         except UnmetBudget as wrong:
@@ -108,6 +109,7 @@ def meeting(
         least = size if least is None else min(least, size)
         if size <= most and (best is None or size > best[0]):
             best = size, found
+            best_so_far(-size, f"{size:,} of {most:,} bytes")
         if USED * most <= size <= most:
             break
         aim *= (1 + USED) / 2 * most / size
@@ -123,13 +125,15 @@ def keeping(recipe: Recipe, run: Callable[[Recipe], tuple[bool, Found]]) -> Foun
     """
     name, at = setting(recipe), 1.0
     kept, lost, tried = dict[float, Found](), dict[float, Found](), list[Recipe]()
-    for _ in range(RUNS):
+    for _ in progress(range(RUNS), f"tries of the {name}", RUNS):
         stages = stronger(recipe, at, name)
         if stages in tried:  # bits are whole numbers
             break
         tried.append(stages)
         keeps, found = run(stages)
         (kept if keeps else lost)[at] = found
+        if keeps:
+            best_so_far(-at, f"{name} {numbers(stages, name)[-1]:.4g}")
         if kept and lost:
             at = math.sqrt(max(kept) * min(lost))
         else:

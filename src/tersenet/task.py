@@ -8,7 +8,6 @@ one kind.
 import contextlib
 import copy
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +33,7 @@ from tersenet.data import (
     split_of,
     tensors,
 )
+from tersenet.display import progress
 from tersenet.teacher import Teacher
 
 Item = TypeVar("Item")
@@ -52,17 +52,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """The items, with a bar on the terminal while they are worked on (nothing where stderr is no terminal)."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, label, total=total, console=Console(stderr=True), transient=True)
 
 
 def spread(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
@@ -322,7 +311,7 @@ class Task:
         model, schedule = self.model.train().to(self.device), self.schedule
         with one_thread():
             optimizer = schedule.optimizer(p for p in model.parameters() if p.requires_grad)
-            for epoch in progress(range(schedule.epochs), "training", schedule.epochs):
+            for epoch in progress(range(schedule.epochs), "training, epochs", schedule.epochs):
                 if epoch in kept:
                     state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
                     snapshots[epoch] = {n: t.detach().cpu().clone() for n, t in state.items()}

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tersenet.access import Memory, checked
 from tersenet.artifact import Artifact, as_stored, load
 from tersenet.codecs.stream import FormatError
-from tersenet.container import FLOATS, Section, Tensor, as_type, at_hand
+from tersenet.container import FLOATS, Section, Tensor, as_type, at_hand, from_order, in_order
 from tersenet.decoding import decoded, sections_of
-from tersenet.header import UPDATE, Header, Memory, checked
+from tersenet.header import UPDATE, Header
 from tersenet.packed import Array, Packed, Tree, Uniform, arrays, map_arrays, narrowed, parts_of, unpack
 from tersenet.sources import read
 
@@ -277,16 +278,12 @@ def _words(tensor: Tensor) -> Array:
     words = array.view(f"u{array.itemsize}")
     if tensor.dtype == "bfloat16":
         words = (words >> np.uint32(16)).astype(np.uint16)
-    if tensor.dtype not in FLOATS:
-        return words
-    top = words.dtype.type(1 << (8 * words.itemsize - 1))
-    return np.where(words & top, ~words, words | top)
+    return in_order(words) if tensor.dtype in FLOATS else words
 
 
 def _from_words(words: Array, tensor: Tensor) -> Array:
     if tensor.dtype in FLOATS:
-        top = words.dtype.type(1 << (8 * words.itemsize - 1))
-        words = np.where(words & top, words ^ top, ~words)
+        words = from_order(words)
     if tensor.dtype == "bfloat16":
         words = words.astype(np.uint32) << np.uint32(16)
     return words.view(np.asarray(tensor.tree).dtype)

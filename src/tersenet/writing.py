@@ -37,6 +37,7 @@ from tersenet.container import (
     POOLED_VECTOR,
     RANK_CAP,
     REQUIRED,
+    RISING,
     SECTION_CAP,
     SHARED,
     SMALL,
@@ -52,10 +53,12 @@ from tersenet.container import (
     Tensor,
     expanded,
     groups,
+    in_order,
 )
 from tersenet.packed import NODES, Array, Packed, arrays, check_tree, parts_of
 
 COPIED = 1 << 24  # bytes of a file that are copied at a time
+PALETTE = 64  # floats from which on it pays to tell those that rise by their distances
 
 
 def write(
@@ -308,6 +311,12 @@ def _planes(raw: Array) -> Array:
     return np.ascontiguousarray(raw.T).reshape(-1)
 
 
+def _rises(flat: Array) -> bool:
+    """Whether no value lies below the one before, by the order of their bits."""
+    order = in_order(flat.view(np.uint32))
+    return bool((order[1:] >= order[:-1]).all())
+
+
 def _narrowest(array: Array) -> tuple[str, Array]:
     """The narrowest type that keeps every bit of a float array, and its little-endian raw bytes [values, width].
 
@@ -325,6 +334,8 @@ def _narrowest(array: Array) -> tuple[str, Array]:
             stored, raw = "float16", half
         elif not (words & 0xFFFF).any():
             stored, raw = "bfloat16", (words >> 16).astype("<u2")
+        elif flat.size >= PALETTE and _rises(flat[:PALETTE]) and _rises(flat):
+            stored, raw = RISING, np.diff(in_order(words), prepend=np.uint32(0)).astype("<u4")
     elif flat.dtype == np.float64:
         with np.errstate(over="ignore"):
             single = flat.astype("<f4")

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tersenet.display import best_so_far, progress
 from tersenet.journal import Journal
-from tersenet.task import one_thread, progress
+from tersenet.task import one_thread
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class RandomSearch:
             for _ in problem.sizes:
                 ratios.append(walled(float(generator.uniform(self.least, 1)), ratios, problem, self.least))
             tried.append((score(ratios), ratios))
+            best_so_far(-tried[-1][0], f"score {tried[-1][0]:.5g}")
         return max(tried, key=lambda pair: pair[0])[1]
 
 
@@ -120,6 +122,7 @@ class AMC:
                 if self.guarantee:
                     reward = -(1 - reward) * math.log(max(problem.cost(ratios), 2.0))
                 tried.append((reward, ratios))
+                best_so_far(-reward, f"reward {reward:.5g}")
                 agent.learn(states, ratios, reward, train=spread is not None)
         return max(tried, key=lambda pair: pair[0])[1]
 

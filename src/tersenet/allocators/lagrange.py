@@ -68,13 +68,20 @@ class Lagrange:
 
 
 def step_within(
-    size_at: Callable[[float], int], most: int, start: float, used: float = 0.985, tries: int = 16
+    size_at: Callable[[float], int],
+    most: int,
+    start: float,
+    used: float = 0.985,
+    tries: int = 16,
+    finest: float = 1e-300,
 ) -> float:
     """The step c at which `size_at(c)`, falling in c, lies within `used`..1 of `most`; else the best found below.
 
-    Secant steps in log c, which sizes follow nearly linearly. Raises UnmetBudget where no step is coarse enough.
+    Secant steps in log c, which sizes follow nearly linearly; below `finest` none is tried. Raises UnmetBudget where no
+    step is coarse enough.
     """
-    aim, seen, at = most * (1 + used) / 2, dict[float, int](), math.log(start)
+    end = math.log(finest)
+    aim, seen, at = most * (1 + used) / 2, dict[float, int](), max(math.log(start), end)
     for _ in range(tries):
         size = seen[at] = size_at(math.exp(at))
         if used * most <= size <= most:
@@ -92,7 +99,9 @@ def step_within(
         if not under:
             at = max(at, max(over) + further)
         elif not over:
-            at = min(at, min(under) - further)
+            at = max(min(at, min(under) - further), end)
+            if at == min(under):
+                break
     if not under:
         raise UnmetBudget(most, min(seen.values()))
     return math.exp(min(under))

@@ -1,9 +1,10 @@
 """Product quantization: vectors of neighbouring weights share codewords, found in the metric of the layer's inputs.
 
 Stock, Joulin, Gribonval, Graham, Jegou (2020), section 3: the rows of a layer are cut into vectors, in a convolution
-one for each kernel, and k-means lowers |x~ (v - c)|^2 for all vectors v of the layer, where x~ are all inputs, cut
-alike. With the Cholesky factor L of x~^T x~ that is k-means of L^T v. The paper draws a part of x~ anew for each
-iteration; here the moment of all inputs is known.
+one for each kernel, and k-means lowers |x~ (v - c)|^2 for all vectors v of the layer. In the paper x~ are all inputs,
+cut alike; here each vector has those that it multiplies (docs/notes.md says what that is worth), so a codeword c solves
+(sum of M) c = sum of M v over its vectors, with the moments M = x~^T x~ of each. The paper draws a part of x~ anew for
+each iteration; here the moment of all inputs is known.
 
 With `feedback` the error of a vector is made up for by those after it in the row, in the full metric of the layer, and
 the codewords are then the best for what was chosen (van Baalen et al. 2024 do so for language models).
@@ -27,6 +28,7 @@ LONGEST = 16  # values of a vector that is a kernel
 RUN = 4  # neighbours in a vector where there are no kernels
 WIDE, CHUNK = 32, 1 << 14  # codewords in a block of the core (TERSE_NEAREST), and vectors that a thread takes at a time
 DAMPING = 0.01  # of the inputs' moment, as a part of its mean diagonal
+BEGIN = 10  # steps of plain k-means before those in the metric
 SPLITS, NOISE = 32, 1e-4  # rounds of splitting clusters, and how far apart their halves begin, in standard deviations
 SWEEPS, SOLVES = 3, 20  # of error feedback, and of conjugate gradients after each
 
@@ -77,6 +79,47 @@ def shared(vectors: Array, k: int, steps: int, seed: int, weights: Array | None 
     return codewords[used], index.astype(np.int32)
 
 
+def aware(rows: Array, moments: Array, d: int, k: int, steps: int, seed: int) -> tuple[Array, Array]:
+    """k-means of the vectors of d values in rows [groups, m, n], each in the moment of what it multiplies.
+
+    Moments are [groups, n, n]. At most k codewords, all of them used, and the number of each vector's, row by row.
+    """
+    groups, m, n = rows.shape
+    vectors = rows.reshape(groups, m, n // d, d).transpose(0, 2, 1, 3).reshape(-1, m, d)  # by what they multiply
+    blocks = np.einsum("gbibj->gbij", moments.reshape(groups, n // d, d, n // d, d)).reshape(-1, d, d)
+    factors = np.linalg.cholesky(blocks)
+    scaled = (vectors @ factors).astype(np.float32)
+    draw = np.random.Generator(np.random.PCG64(seed))
+    codewords = shared(vectors.reshape(-1, d), k, BEGIN, seed)[0].astype(np.float64)
+    pulled: Array = vectors @ blocks
+    index: Array = np.zeros(0, np.int32)
+    unit = NOISE * float(vectors.std())
+    for _ in range(steps):
+        turned = (codewords @ factors).astype(np.float32)
+        before, index = index, np.stack([nearest(v, c) for v, c in zip(scaled, turned, strict=True)])
+        if np.array_equal(before, index):
+            break
+        codewords = _solved(index, blocks, pulled, codewords)
+        count = np.bincount(index.reshape(-1), minlength=len(codewords))
+        empty = np.flatnonzero(count == 0)
+        largest = np.argsort(-count, kind="stable")[: len(empty)]
+        codewords[empty] = codewords[largest] + unit * draw.standard_normal((len(empty), d))
+    used, index = np.unique(index, return_inverse=True)
+    return codewords[used], index.reshape(groups, n // d, m).transpose(0, 2, 1).reshape(-1).astype(np.int32)
+
+
+def _solved(index: Array, blocks: Array, pulled: Array, codewords: Array) -> Array:
+    """The codewords [k, d] that lose least for an index [blocks, m]; those of no vector stay."""
+    k, d = codewords.shape
+    counts = np.stack([np.bincount(own, minlength=k) for own in index])
+    left = (counts.T @ blocks.reshape(len(blocks), -1)).reshape(k, d, d)
+    right = np.stack([np.bincount(index.reshape(-1), v, k) for v in pulled.reshape(-1, d).T], 1)
+    used = counts.any(0)
+    found = codewords.copy()
+    found[used] = np.linalg.solve(left[used], right[used][..., None])[..., 0]
+    return found
+
+
 def means(vectors: Array, index: Array, k: int, weights: Array | None = None) -> Array:
     """The mean [k, d] of each cluster's vectors, in float64; 0 where it has none."""
     mass = np.bincount(index, weights, k)
@@ -107,13 +150,14 @@ class Product:
     """At most 2^bits codewords for a layer, each of `kernels` kernels, or of 4 * `kernels` values without kernels.
 
     Vectors lie along the inputs of a row; where they do not divide it the next smaller divisor is taken. A layer gets
-    fewer codewords than a quarter of its vectors. `weighted` reads `stats["inputs"]`, else all errors count alike.
+    fewer codewords than a quarter of its vectors. `weighted` reads `stats["inputs"]`, and then `feedback` makes up for
+    errors; else all count alike.
     """
 
     bits: int = 8
     kernels: int = 1
     weighted: bool = True
-    feedback: bool = False
+    feedback: bool = True
     steps: int = 100
     seed: int = 0
     makes: ClassVar[tuple[type[Packed], ...]] = (Codebook, Reshaped)
@@ -121,8 +165,6 @@ class Product:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 12 or self.kernels < 1 or self.steps < 1:
             raise ValueError("Product takes 1 to 12 bits, at least one kernel in a vector and at least one step")
-        if self.feedback and not self.weighted:
-            raise ValueError("Product's error feedback needs the metric of the inputs: weighted=True")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -138,12 +180,15 @@ class Product:
         k = min(2**self.bits, 2 ** max(0, (w.size // d - 1).bit_length() - 3))  # under a quarter of the vectors
         if k < 2:
             return w
-        vectors = rows.reshape(-1, d)
-        factor = np.eye(d) if moments is None else np.linalg.cholesky(_of_vectors(moments, d))
-        _, index = shared(vectors @ factor, k, self.steps, self.seed)
-        codewords = means(vectors, index, int(index.max()) + 1)
-        if moments is not None and self.feedback:
-            codewords, index = _fed_back(rows.reshape(len(moments), -1, columns), moments, codewords, index)
+        if moments is None:
+            vectors = rows.reshape(-1, d)
+            index = shared(vectors, k, self.steps, self.seed)[1]
+            codewords = means(vectors, index, int(index.max()) + 1)
+        else:
+            grouped = rows.reshape(len(moments), -1, columns)
+            codewords, index = aware(grouped, moments, d, k, self.steps, self.seed)
+            if self.feedback:
+                codewords, index = _fed_back(grouped, moments, codewords, index)
         node = Codebook(
             narrowed(index.reshape(*w.shape[:1], -1) if w.ndim > 1 else index), codewords.astype(np.float32)
         )
@@ -155,14 +200,6 @@ def length(shape: Sequence[int], columns: int, kernels: int) -> int:
     area = math.prod(shape[2:])
     one = max(n for n in range(1, LONGEST + 1) if area % n == 0) if area > 1 else RUN
     return max(n for n in range(1, kernels * one + 1) if columns % n == 0)
-
-
-def _of_vectors(moments: Array, d: int) -> Array:
-    """x~^T x~ [d, d] of inputs cut into vectors, from moments [groups, n, n]: all blocks of the diagonal together."""
-    groups, n, _ = moments.shape
-    blocks = moments.reshape(groups, n // d, d, n // d, d)
-    found: Array = np.einsum("gbibj->ij", blocks) / (groups * n // d)
-    return found
 
 
 def _fed_back(rows: Array, moments: Array, codewords: Array, index: Array) -> tuple[Array, Array]:

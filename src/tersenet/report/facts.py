@@ -1,8 +1,11 @@
 """What a page says of a file and of the run that made it, as plain data."""
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,15 +40,41 @@ class Line:
         return 8 * self.bytes / self.weights if self.weights else None
 
 
+class Peer(NamedTuple):
+    """What others made of the same network: its bytes and its metric on the test data, as they tell them."""
+
+    name: str
+    bytes: float
+    metric: float
+
+
+def peers_of(path: Path) -> tuple[Peer, ...]:
+    """The peers of a JSON file: a list of {"name": ..., "bytes": ..., "metric": ...}. Raises ValueError for others."""
+    example = '[{"name": "theirs", "bytes": 51200, "metric": 0.971}]'
+    wrong = ValueError(f"{path}: is no JSON list of peers, as {example}")
+    try:
+        rows = json.loads(path.read_bytes())
+        found = tuple(Peer(printable(str(row["name"])), *(float(row[n]) for n in ("bytes", "metric"))) for row in rows)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise wrong from None
+    if not all(math.isfinite(peer.metric) and 0 < peer.bytes < math.inf for peer in found):
+        raise wrong
+    return found
+
+
 @dataclass(frozen=True)
 class Facts:
-    """A file (None where a run has not made one), its ledger, and the run that made it, where that is known."""
+    """A file (None where a run has not made one), its ledger, and the run that made it, where that is known.
+
+    `peers` are what others made of the network.
+    """
 
     title: str
     artifact: Artifact | None
     lines: tuple[Line, ...] = ()
     told: Told = field(default_factory=Told)
     parts: Mapping[str, int] = field(default_factory=dict)
+    peers: tuple[Peer, ...] = ()
 
     @staticmethod
     def of(source: Path) -> "Facts":

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from tersenet.report.drawing import GREY, HEIGHT, ONE, TWO, Drawing, canvas, picture
-from tersenet.report.facts import Facts, Line
+from tersenet.report.facts import Facts, Line, Peer
 from tersenet.report.told import Candidate, Step, Told, Training
 from tersenet.report.weights import Histogram, Mask
 
@@ -212,19 +212,23 @@ def scores(found: Sequence[float]) -> Drawing:
     )
 
 
-def side_by_side(files: Mapping[str, Facts]) -> Drawing:
-    """Test metric against bytes of several files."""
-    points = [(name, facts.bytes, facts.metric) for name, facts in files.items() if facts.metric is not None]
+def side_by_side(files: Mapping[str, Facts], peers: Sequence[Peer] = ()) -> Drawing:
+    """Test metric against bytes of several files, and of what others made."""
+    own = [Peer(name, facts.bytes, facts.metric) for name, facts in files.items() if facts.metric is not None]
+    points = [*own, *peers]
     with canvas("files") as made:
-        sizes = [size for _, size, _ in points]
-        made.axes.plot(sizes, [metric for *_, metric in points], "o", color=ONE, markersize=7)
-        for number, (name, size, metric) in enumerate(sorted(points, key=lambda point: point[1])):
-            _named(made.axes, name, size, metric, sum(sizes) / len(sizes), -14 if number % 2 else 6)
+        sizes = [one.bytes for one in points]
+        made.axes.plot(sizes, [one.metric for one in points], "o", color=GREY, markersize=6)
+        made.axes.plot(sizes[: len(own)], [one.metric for one in own], "o", color=ONE, markersize=7)
+        for number, one in enumerate(sorted(points, key=lambda one: one.bytes)):
+            _named(made.axes, one.name, one.bytes, one.metric, sum(sizes) / len(sizes), -14 if number % 2 else 6)
         made.axes.set_ylabel("test metric")
         _sizes(made.axes, sizes)
         made.axes.margins(0.2, 0.2)
-    told = "; ".join(f"{name}: {size:,} bytes, {metric:.4f}" for name, size, metric in points)
-    return made.drawing("The metric is measured from the file, opened again.", f"Test metric against bytes. {told}")
+    told = "; ".join(f"{one.name}: {one.bytes:,.0f} bytes, {one.metric:.4f}" for one in points)
+    given = " What others made is grey, with bytes and metric as they were given." if peers else ""
+    caption = f"The metric is measured from the file, opened again.{given}"
+    return made.drawing(caption, f"Test metric against bytes. {told}")
 
 
 def _short(name: str) -> str:

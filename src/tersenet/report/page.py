@@ -164,6 +164,16 @@ def _candidates(facts: Facts) -> Made:
     return ("", found) if found else _unless_told(facts, "one file was made and no other was tried.")
 
 
+def _peers(facts: Facts) -> Made:
+    if not facts.peers:
+        return "no points of others were given."
+    if facts.artifact is None:
+        return NO_FILE
+    if facts.metric is None:
+        return "the file tells no metric, so the points of others have nothing to stand beside."
+    return "", [figures.side_by_side({facts.title: facts}, facts.peers)]
+
+
 def _rounds(facts: Facts) -> Made:
     thinned = [step for step in facts.told.steps if step.density is not None and step.metric is not None]
     steps = [s for s, before in zip(thinned, [None, *thinned]) if before is None or s.density != before.density]
@@ -194,8 +204,9 @@ PARTS: dict[str, Callable[[Facts], Made]] = {
     "How the weights lie": _values,
     "What was pruned": _masks,
     "What was tried": _candidates,
+    "Beside what others made": _peers,
     "Pruning, round by round": _rounds,
     "What each layer could have been": _offers,
     "Training": _trainings,
 }
-OF_RUN = (_candidates, _rounds, _offers, _trainings)
+OF_RUN = (_candidates, _peers, _rounds, _offers, _trainings)

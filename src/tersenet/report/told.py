@@ -23,10 +23,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """The mean loss of each epoch of one training."""
+    """The mean loss and the rate of each epoch of one training."""
 
     label: str
     losses: tuple[float, ...]
+    rates: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -119,20 +120,21 @@ def _step(row: Row) -> Step:
 
 def _trainings(rows: Sequence[Row]) -> tuple[Training, ...]:
     """Trainings in their order. An epoch that a later try trained again, to the same loss, is told once."""
-    found, seen, before = list[tuple[str, list[float]]](), set[tuple[Any, ...]](), -1.0
+    found, seen, before = list[tuple[str, list[float], list[float | None]]](), set[tuple[Any, ...]](), -1.0
     for row in rows:
-        epoch, loss = _number(row, "epoch"), _number(row, "loss")
+        epoch, loss, rate = (_number(row, name) for name in ("epoch", "loss", "rate"))
         if "training" not in row or epoch is None or loss is None:
             continue
-        label, mark = _text(row["training"]), (str(row["training"]), epoch, loss, _number(row, "rate"))
+        label, mark = _text(row["training"]), (str(row["training"]), epoch, loss, rate)
         if mark in seen:
             continue
         seen.add(mark)
         if not found or found[-1][0] != label or epoch <= before:
-            found.append((label, []))
+            found.append((label, [], []))
         found[-1][1].append(loss)
+        found[-1][2].append(rate)
         before = epoch
-    return tuple(Training(label, tuple(losses)) for label, losses in found)
+    return tuple(Training(label, tuple(losses), tuple(rates)) for label, losses, rates in found)
 
 
 def _candidates(rows: Sequence[Row]) -> tuple[Candidate, ...]:

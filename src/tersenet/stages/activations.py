@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tersenet.activations import calibrated
-from tersenet.contract import DATA, Kind, check
+from tersenet.contract import DATA, FIXED, Kind, check
 from tersenet.draft import Draft
 from tersenet.task import Task
 
@@ -15,11 +15,12 @@ class Activations:
     """Round what each layer with weights takes and gives to `width` bits, whose ranges `samples` training inputs tell.
 
     The file says how; whoever measures it, and stages that train afterwards, run the network so. Weights stay as they
-    are. It comes after what packs or folds, which changes what layers give.
+    are. It comes after what packs or folds, which changes what layers give and is refused behind it.
     """
 
     width: int = 8
     samples: int = 1024
+    makes: ClassVar[tuple[Kind, ...]] = (FIXED,)
     requires: ClassVar[Mapping[Kind, str]] = {DATA: "runs the network: give a Task with training data"}
 
     def __post_init__(self) -> None:

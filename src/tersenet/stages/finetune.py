@@ -19,11 +19,12 @@ from tersenet.activations import quantized
 from tersenet.checkpoint import Checkpoint, Place
 from tersenet.contract import DATA, Kind, check
 from tersenet.data import Stream, split_of
+from tersenet.display import progress
 from tersenet.draft import Draft
 from tersenet.norms import folded_norms
 from tersenet.packed import Uniform
 from tersenet.stages.network import Levels, Network, Partly, Shared
-from tersenet.task import Schedule, Task, duplicate, one_thread, progress
+from tersenet.task import Schedule, Task, duplicate, one_thread
 from tersenet.teacher import Teacher
 
 
@@ -79,7 +80,7 @@ def trained(network: Network, task: Task, schedule: Schedule, epochs: range, see
             for epoch in range(epochs.start, place.epoch):
                 deque(task.batches(epoch, seed, schedule.batch), 0)
         left = range(place.epoch, epochs.stop)
-        for epoch in progress(left, label, len(left)):
+        for epoch in progress(left, f"{label}, epochs", len(left)):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(epoch)
             done = place.batch

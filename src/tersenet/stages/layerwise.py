@@ -16,13 +16,14 @@ from torch import nn
 
 from tersenet.calibrate import across
 from tersenet.contract import DATA, Kind, check
+from tersenet.display import progress
 from tersenet.draft import Draft, dense_array
 from tersenet.methods import Method
 from tersenet.methods.surgeon import damped
 from tersenet.packed import Packed
 from tersenet.stages.finetune import Distill, tune
 from tersenet.stages.pack import made_by, methods_of, refused_by, repacked
-from tersenet.task import Task, one_thread, progress
+from tersenet.task import Task, one_thread
 from tersenet.tracing.operations import Watch
 from tersenet.where import Where
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tersenet.contract import DATA, PACKED, Kind, check
+from tersenet.display import progress
 from tersenet.draft import Draft
 from tersenet.methods import fixed_point, repack
 from tersenet.methods.kmeans import lloyd
@@ -20,7 +21,7 @@ from tersenet.packed import Array, Codebook, Packed, Tree, narrowed, unpack
 from tersenet.stages.finetune import tune
 from tersenet.stages.layerwise import in_order
 from tersenet.structure import is_plain, refilled, support
-from tersenet.task import Task, progress
+from tersenet.task import Task
 
 STEPS = 10  # of k-means each time
 SHARED = "it shares values itself: quantize plain weights"

@@ -17,12 +17,13 @@ from tersenet.allocators.rank import NOTHING, Curve, cost, mapped, modelled
 from tersenet.chains import steps_of
 from tersenet.contract import DATA, PACKED, Kind, check
 from tersenet.data import samples
+from tersenet.display import progress
 from tersenet.draft import Draft, artifact_of, dense_array
 from tersenet.methods.factorize import SVD, Products, products
 from tersenet.packed import Factored, Reshaped, Sliced, Sparse
 from tersenet.stages.channels import some
 from tersenet.statistics import read, statistics
-from tersenet.task import Task, one_thread, progress, spread
+from tersenet.task import Task, one_thread, spread
 from tersenet.tracing.operations import Use, Watch
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)

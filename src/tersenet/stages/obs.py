@@ -28,6 +28,7 @@ import torch
 from tersenet import cores
 from tersenet.calibrate import Moments, moments
 from tersenet.contract import DATA, PACKED, Kind, check
+from tersenet.display import progress
 from tersenet.draft import Draft, dense_array
 from tersenet.folding import untied
 from tersenet.likelihood import Likelihood
@@ -36,7 +37,7 @@ from tersenet.methods.surgeon import damped, inverse, refitted, removals, swept
 from tersenet.packed import Array, Sparse, Tree
 from tersenet.stages.prune import masked
 from tersenet.structure import is_plain, refilled, support, thinned
-from tersenet.task import Task, one_thread, progress
+from tersenet.task import Task, one_thread
 from tersenet.tracing.operations import Form
 
 ORDERS = ("kronecker", "exact", "sweep")

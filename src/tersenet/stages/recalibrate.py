@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tersenet.artifact import as_stored
 from tersenet.contract import DATA, Kind, check
 from tersenet.data import samples
+from tersenet.display import progress
 from tersenet.draft import Draft
 from tersenet.norms import folded_norms
 from tersenet.structure import is_plain, refilled
-from tersenet.task import Task, one_thread, progress
+from tersenet.task import Task, one_thread
 
 BATCH = 128
 AGAIN = "dense: a statistic of the network as it is here"

@@ -12,13 +12,14 @@ import numpy as np
 
 from tersenet.bloomier import built
 from tersenet.contract import DATA, PACKED, Kind, check
+from tersenet.display import progress
 from tersenet.draft import Draft
 from tersenet.methods.kmeans import KMeans
 from tersenet.packed import Bloomier, Codebook, Tree, narrowed, unpack
 from tersenet.stages.finetune import tune
 from tersenet.stages.layerwise import in_order
 from tersenet.structure import placed, support, unsliced
-from tersenet.task import Task, progress
+from tersenet.task import Task
 from tersenet.where import Where, chosen
 
 

@@ -14,11 +14,12 @@ import numpy as np
 from tersenet.allocators.lagrange import Lagrange, Option
 from tersenet.artifact import Artifact, Coding, Tensor
 from tersenet.budget import UnmetBudget
+from tersenet.display import progress
 from tersenet.draft import Draft, artifact_of, round_leaves
 from tersenet.methods import Method
 from tersenet.packed import Packed, unpack
 from tersenet.statistics import packed
-from tersenet.task import one_thread, progress, spread
+from tersenet.task import one_thread, spread
 from tersenet.waterfilling.knowledge import Halves, joined
 from tersenet.waterfilling.layers import Layer, Packing, Waterfilling
 
@@ -59,7 +60,10 @@ def candidates(
         if kept is not None:
             found.append(("without loss", Packing(kept.tree, None, 0.0)))
         for method in ready:
-            tree = round_leaves(packed(tensor.tree, method, moments))
+            try:
+                tree = round_leaves(packed(tensor.tree, method, moments))
+            except ValueError as wrong:
+                raise ValueError(f"{layer.name}: {wrong}") from None
             if isinstance(tree, Packed):
                 found.append((str(method), _measured(waterfilling, layer, tree)))
         made = [

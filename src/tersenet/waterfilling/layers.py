@@ -21,6 +21,7 @@ import torch
 from tersenet.draft import Draft, dense_array, precise
 from tersenet.methods.feedback import Metric, Overflow, Steps, diagonal, levels, paths, tree_of, waterfilled
 from tersenet.methods.prior import prior
+from tersenet.methods.recursion import HIGHEST
 from tersenet.methods.transform import spatial
 from tersenet.packed import Array, Packed, Reshaped, Tree, Uniform, kernel_dct, narrowed, unpack
 from tersenet.structure import is_plain, placed, sliced, support, unsliced
@@ -179,6 +180,12 @@ class Waterfilling:
         """The c at which weights take half a bit each: far coarser, hardly anything is left of them."""
         return self.guess(sum(layer.weight.size for layer in self.layers) // 16)
 
+    @property
+    def finest(self) -> float:
+        """The c at which the last layer has steps as fine as levels allow: at finer ones files become no larger."""
+        sizes = [float(layer.sketch.max()) for layer in self.layers if layer.sketch.any()]
+        return max(min(sizes, default=0.0) / HIGHEST, 1e-300)
+
     def guess(self, most: int) -> float:
         """The c at which a file would have about so many bytes; a few huge weights do not mislead it."""
         known = [(layer.sketch, layer.weight.size) for layer in self.layers if layer.sketch.any()]
@@ -243,7 +250,9 @@ class Waterfilling:
         error = np.multiply(error, q, out=error if error.shape == q.shape else None)
         np.subtract(layer.weight, error, out=error)  # in place: a table of embeddings is large
         cost = layer.metric.cost(error)
-        if kept is not None and fine and kept.bits <= entropy(q) + cost / (2 * math.log(2) * NOISE * c * c):
+        # Where one weight is so large that steps must be coarser, what the others lose is no reason to keep all.
+        worth = cost / (2 * math.log(2) * NOISE * c * c) if fine else 0.0
+        if kept is not None and kept.bits <= entropy(q) + worth:
             return Packing(kept.tree, None, 0.0)
         lost = None
         if layer.bias is not None:

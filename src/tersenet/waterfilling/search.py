@@ -20,12 +20,13 @@ import numpy as np
 from tersenet.allocators.lagrange import step_within
 from tersenet.artifact import Coding, load
 from tersenet.budget import UnmetBudget
+from tersenet.display import best_so_far, progress
 from tersenet.draft import ERROR, QUICK, Draft, artifact_of
 from tersenet.journal import Journal
 from tersenet.likelihood import Likelihood
 from tersenet.methods import Method
 from tersenet.packed import Packed, Tree
-from tersenet.task import Task, progress
+from tersenet.task import Task
 from tersenet.waterfilling.candidates import allocated, candidates
 from tersenet.waterfilling.factors import Damping
 from tersenet.waterfilling.knowledge import Halves, Knowledge, outputs
@@ -91,7 +92,7 @@ class Search:
         errors = ERROR * len({id(tensors[n]) for n in names})
         start = waterfilling.guess(max(self.most - held, self.most // 16)) if self.c is None else self.c
         try:
-            self.c = step_within(size_at, self.most, start, used, tries)
+            self.c = step_within(size_at, self.most, start, used, tries, waterfilling.finest)
         except UnmetBudget as wrong:
             why = f"; {held:,} bytes of it are buffers and what `keep` names" if held > self.most / 4 else ""
             raise UnmetBudget(wrong.most, wrong.least, why) from None
@@ -156,6 +157,7 @@ def to_size(knowledge: Knowledge, most: int, coding: Coding | None = None, metho
         made = functools.partial(_finest, search, at, rate, label)
         one = tried(label, made, lambda c, at=at, rate=rate: at().at(c, rate))  # type: ignore[misc]
         search.c = one.c
+        best_so_far(one.error, f"error {one.error:.5g} with {label}")
         if best is None or one.error < best[0].error:
             best = one, damping, rate
     assert best is not None
@@ -260,7 +262,10 @@ def to_drop(knowledge: Knowledge, points: float, task: Task, coding: Coding | No
             return False
         alike = likelihood.difference(wanted, outputs(task, model, knowledge.held)) <= most
         journal.write(candidate=label, bytes=artifact.nbytes, metric=after)
-        return bool(alike and 100 * task.metric.gain(after, before) >= -points)
+        kept = bool(alike and 100 * task.metric.gain(after, before) >= -points)
+        if kept:
+            best_so_far(artifact.nbytes, f"{artifact.nbytes:,} bytes, metric {after:.5g}")
+        return kept
 
     def coarsest(at: Waterfilling, name: str) -> tuple[Draft, float] | None:
         return _coarsest(
@@ -273,8 +278,10 @@ def to_drop(knowledge: Knowledge, points: float, task: Task, coding: Coding | No
         return without_loss(knowledge)
     found = search.once("sensitivities", lambda: dict(with_sensitivities(knowledge, first, begun[1]).sensitivity))
     knowledge = replace(knowledge, sensitivity=found)
-    tried = progress(DAMPINGS, "quantizing", len(DAMPINGS))
-    rows = {f"rows {d.rows}": coarsest(Waterfilling.of(knowledge, d), f"rows {d.rows}") for d in tried}
+    rows = dict[str, tuple[Draft, float] | None]()
+    for damping in progress(DAMPINGS, "quantizing", len(DAMPINGS)):
+        label = f"rows {damping.rows}"
+        rows[label] = coarsest(Waterfilling.of(knowledge, damping), label)
     coarse = {f"{name}, c {one[1]:.4g}": one[0] for name, one in ({"first": begun} | rows).items() if one}
     drafts = coarse | {"without loss": without_loss(knowledge)}
     chosen = min(drafts, key=lambda label: artifact_of(drafts[label], coding or QUICK).nbytes)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from tersenet.data import samples, tensors
+from tersenet.display import progress
 from tersenet.packed import unpack
-from tersenet.task import duplicate, one_thread, progress, spread
+from tersenet.task import duplicate, one_thread, spread
 from tersenet.waterfilling.knowledge import Knowledge, on_cpu
 from tersenet.waterfilling.layers import Layer, Waterfilling
 
