@@ -40,9 +40,11 @@ def first_use(make: Callable[[], nn.Module], run: Callable[[nn.Module], object])
 
     It is told well in a fresh process alone (`alone`): where memory was free already, none is taken.
     """
-    if PROCESS.exists():
+    before = math.nan
+    with contextlib.suppress(OSError):  # a system without it, or one that forbids it
         (PROCESS / "clear_refs").write_text("5")  # from here on VmHWM counts; rusage has the most of the parent in it
-    before, begun = _memory("VmRSS"), time.perf_counter()
+        before = _memory("VmRSS")
+    begun = time.perf_counter()
     network = make()
     made = time.perf_counter() - begun
     with torch.inference_mode():
@@ -51,7 +53,7 @@ def first_use(make: Callable[[], nn.Module], run: Callable[[nn.Module], object])
 
 
 def _memory(kind: str) -> float:
-    """Bytes of this process."""
+    """Bytes of this process, nan where the system does not say."""
     if not PROCESS.exists():
         return math.nan
     line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith(kind))
