@@ -172,7 +172,7 @@ def others() -> Iterator[Row]:
         }
         for name, stage in stages.items():
             before = stage(draft, task)
-            after = Distill(2, lr=0.001, temperature=3.0)(before, task)
+            after = Distill(2, lr=0.0002, temperature=3.0)(before, task)
             small = realise(task.model, after.tensors).eval()
             yield {
                 "network": network, "method": name, "macs": round(macs(small, image) / macs(task.model, image), 3),
