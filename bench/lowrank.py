@@ -130,7 +130,7 @@ def squeezenet() -> Iterator[Row]:
     models = [task.model.eval()]
     for name, stage in stages.items():
         before = stage(draft, task)
-        after = Distill(4, lr=0.001, temperature=3.0)(before, task)
+        after = Distill(4, lr=0.0002, temperature=3.0)(before, task)
         models.append(realise(task.model, after.tensors).eval())
         scores = (task.score(task.test, m) for m in (before.module(), models[-1]))
         rows.append({"method": name, **dict(zip(("accuracy", "tuned"), (round(s, 4) for s in scores), strict=True))})
