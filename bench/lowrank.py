@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from tersenet.where import kept
 
 SEED, SCORED, CALIBRATION, SAMPLES = 0, 1000, 500, 256
 TUNED, COMPACT = Distill(2, lr=0.001, temperature=3.0), 3
+FEW = tn.Schedule(batch=20, adam=True)  # for 200 images
 WHOLE = ("conv1.weight", "linear.weight")
 Row = dict[str, Any]
 # By name, the stage, plain or in the metric of the data.
@@ -118,7 +120,7 @@ def tuned() -> Iterator[Row]:
 
 
 def squeezenet() -> Iterator[Row]:
-    task = agreement("squeezenet11")
+    task = replace(agreement("squeezenet11"), schedule=FEW)
     image, draft = task.test[0][:1], Draft.of_model(task.model)
     stages = {
         "Tucker-2 with EVBMF's ranks": Pack(Tucker2()),
@@ -130,7 +132,7 @@ def squeezenet() -> Iterator[Row]:
     models = [task.model.eval()]
     for name, stage in stages.items():
         before = stage(draft, task)
-        after = Distill(4, lr=0.0002, temperature=3.0)(before, task)
+        after = Distill(2, lr=0.0001, temperature=3.0)(before, task)
         models.append(realise(task.model, after.tensors).eval())
         scores = (task.score(task.test, m) for m in (before.module(), models[-1]))
         rows.append({"method": name, **dict(zip(("accuracy", "tuned"), (round(s, 4) for s in scores), strict=True))})
@@ -161,7 +163,7 @@ def compact() -> Iterator[Row]:
 
 def others() -> Iterator[Row]:
     for network in ("squeezenet11", "mobilenetv2"):
-        task = agreement(network)
+        task = replace(agreement(network), schedule=FEW)
         image, draft = task.test[0][:1], Draft.of_model(task.model)
         stages: dict[str, Stage] = {
             "uniform ranks": Pack(SVD(part=0.75, spatial=True), samples=200),
@@ -172,7 +174,7 @@ def others() -> Iterator[Row]:
         }
         for name, stage in stages.items():
             before = stage(draft, task)
-            after = Distill(2, lr=0.0002, temperature=3.0)(before, task)
+            after = Distill(2, lr=0.0001, temperature=3.0)(before, task)
             small = realise(task.model, after.tensors).eval()
             yield {
                 "network": network, "method": name, "macs": round(macs(small, image) / macs(task.model, image), 3),
