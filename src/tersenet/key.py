@@ -244,6 +244,7 @@ class _Look:
 
     def _reduced(self, thing: Any, at: At, files: bool) -> None:
         """What pickle would keep of an object."""
+        getattr(thing, "__dict__", None)  # some, as functools.partial, are kept otherwise once they were asked for it
         registered = copyreg.dispatch_table.get(type(thing))
         found = registered(thing) if registered else thing.__reduce_ex__(4)
         if isinstance(found, str):
