@@ -132,7 +132,7 @@ def squeezenet() -> Iterator[Row]:
     models = [task.model.eval()]
     for name, stage in stages.items():
         before = stage(draft, task)
-        after = Distill(2, lr=0.0001, temperature=3.0)(before, task)
+        after = Distill(2, lr=0.00001, temperature=3.0)(before, task)
         models.append(realise(task.model, after.tensors).eval())
         scores = (task.score(task.test, m) for m in (before.module(), models[-1]))
         rows.append({"method": name, **dict(zip(("accuracy", "tuned"), (round(s, 4) for s in scores), strict=True))})
@@ -174,7 +174,7 @@ def others() -> Iterator[Row]:
         }
         for name, stage in stages.items():
             before = stage(draft, task)
-            after = Distill(2, lr=0.0001, temperature=3.0)(before, task)
+            after = Distill(2, lr=0.00001, temperature=3.0)(before, task)
             small = realise(task.model, after.tensors).eval()
             yield {
                 "network": network, "method": name, "macs": round(macs(small, image) / macs(task.model, image), 3),
