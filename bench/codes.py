@@ -12,7 +12,6 @@ by their layout. coders: what codes make of the same dithered integers. palettes
 costs, by how its indices are stored.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from deep_compression import shifted
 from ptq import task_of as agreement
-from table import ROOT, keep, real_data
+from table import put, real_data
 from universal_coders import ctw, lzw
 
 import tersenet as tn
@@ -259,14 +258,12 @@ KEYS = ("part", "network", "method", "setting", "epochs", "keys", "dithered")
 
 
 def main(part: str | None = None, network: str | None = None, *methods: str) -> None:
-    path = ROOT / "bench" / "results" / "codes.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    def order(row: dict[str, object]) -> list[str]:
+        return [str(row.get(key, "")) for key in KEYS]
+
     for name in [part] if part else PARTS:
         for row in PARTS[name]([network] if network else [], list(methods)):
-            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-            rows = [old for old in rows if any(old.get(key) != row.get(key) for key in KEYS)] + [row]
-            rows.sort(key=lambda row: [str(row.get(key, "")) for key in KEYS])
-            keep("codes", rows, SEED, images=IMAGES, epochs=EPOCHS)
+            put("codes", row, KEYS, order, SEED, images=IMAGES, epochs=EPOCHS)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ share that is one of these word for word.
 """
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU
-from table import ROOT, real_data, write
+from table import put, real_data
 from torch import Tensor, nn
 from transduction import DECODING, Corpus, Translator, corpus
 
@@ -226,19 +225,10 @@ PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def keep(row: dict[str, Any]) -> None:
-    """Put a row into the table at once, in place of the one that was made in the same way."""
-    path, names = ROOT / "bench/results/distill.json", list(PARTS)
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    same = [row.get(key) for key in ("part", "network", "method")]
-    rows = [r for r in rows if [r.get(key) for key in ("part", "network", "method")] != same] + [row]
-    write("distill", sorted(rows, key=lambda r: names.index(r["part"])), SEED)
-
-
 def main(*parts: str) -> None:
     for part in parts or PARTS:
         for row in PARTS[part]():
-            keep(row)
+            put("distill", row, ("part", "network", "method"), lambda row: list(PARTS).index(row["part"]), SEED)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ on all but the last weights. Shorter than there: 600 epochs at a rate of 2e-3 fo
 """
 
 import itertools
-import json
 import math
 import sys
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
-from table import ROOT, real_data, write
+from table import earlier, real_data, write
 from torch import nn
 
 import tersenet as tn
@@ -226,8 +225,7 @@ PARTS = {"patterns": small_networks, "lenet": lenet}
 
 def main() -> None:
     torch.set_num_threads(1)
-    path = ROOT / "bench" / "results" / "information.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = earlier("information")
     for name in sys.argv[1:] or PARTS:
         rows = list(PARTS[name]())
         kept = [row for row in kept if row["part"] != name] + rows

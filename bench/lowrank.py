@@ -15,7 +15,6 @@ bits: SVD and rounding together against rounding alone, on ResNet-56 and MiniLM,
 to so many bits gives a size, and the others get that as their budget.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 from ptq import task_of as agreement
-from table import ROOT, in_rounds, keep, real_data
+from table import in_rounds, put, real_data
 from torch import nn
 
 import tersenet as tn
@@ -212,20 +211,15 @@ def bits() -> Iterator[Row]:
                 }  # fmt: skip
 
 
+KEYS = ("part", "network", "method", "weighted", "setting")
 PARTS = {"ranks": ranks, "tuned": tuned, "squeezenet": squeezenet, "others": others, "compact": compact, "bits": bits}
 
 
 def main(names: list[str]) -> None:
-    path = ROOT / "bench/results/lowrank.json"
+    settings = {"scored": SCORED, "calibration": CALIBRATION, "samples": SAMPLES}
     for name in names or list(PARTS):
-        rows = []
         for row in PARTS[name]():
-            rows.append({"part": name, **row})
-            print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-        others = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows += [row for row in others if row["part"] != name]
-        rows.sort(key=lambda row: list(PARTS).index(row["part"]))
-        keep("lowrank", rows, SEED, scored=SCORED, calibration=CALIBRATION, samples=SAMPLES)
+            put("lowrank", {"part": name, **row}, KEYS, lambda row: list(PARTS).index(row["part"]), SEED, **settings)
 
 
 if __name__ == "__main__":

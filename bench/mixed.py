@@ -5,13 +5,12 @@ the test split (agreement with the float network on 300 images for MobileNetV2, 
 method alone runs at its own setting that meets the size; where none does, its row says so.
 """
 
-import json
 import sys
 import tempfile
 import time
 
 from ptq import task_of
-from table import ROOT, write
+from table import earlier, write
 
 import tersenet as tn
 from tersenet.budget import UnmetBudget
@@ -66,11 +65,9 @@ def behind(rows) -> dict[str, list[float]]:
 
 
 def main(names: list[str]) -> None:
-    path = ROOT / "bench/results/mixed.json"
     for name in names:
         rows = list(rows_of(name))
-        kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        kept = [r for r in kept if r["network"] != name] + rows
+        kept = [r for r in earlier("mixed") if r["network"] != name] + rows
         write("mixed", kept, 0, points_behind_the_best_alone=behind(kept))
         print(behind(kept))
 

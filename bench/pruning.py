@@ -9,7 +9,6 @@ LeNets are trained from scratch for each seed and replay the schedule's last `ep
 from the given networks, retrained with shifts (MNIST) or crops and flips (CIFAR-10).
 """
 
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ import ptq
 import torch
 import torch.nn.functional as F
 from deep_compression import shifted
-from table import ROOT, real_data, write
+from table import earlier, real_data, write
 
 import tersenet as tn
 from tersenet.allocators.amc import AMC, RandomSearch
@@ -386,10 +385,8 @@ PARTS = {
 
 def keep(part: str, rows: list[dict]) -> None:
     """Put a part's rows into the table, in place of those it had."""
-    path = ROOT / "bench/results/pruning.json"
-    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
     order = list(PARTS)
-    merged = [r for r in earlier if r["part"] != part] + [{"part": part, **row} for row in rows]
+    merged = [r for r in earlier("pruning") if r["part"] != part] + [{"part": part, **row} for row in rows]
     write("pruning", sorted(merged, key=lambda r: order.index(r["part"])), 0)
 
 

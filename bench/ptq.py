@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import zstandard
-from table import ROOT, in_rounds, real_data, write
+from table import ROOT, earlier, in_rounds, real_data, write
 
 import tersenet as tn
 from tersenet.artifact import load
@@ -232,8 +232,7 @@ def main(names: list[str]) -> None:
 
 def keep(bench: Bench) -> None:
     """Put one network's rows into the table, so that a run that is stopped loses nothing."""
-    path = ROOT / "bench/results/ptq.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = earlier("ptq")
     if not os.environ.get("NNC_PYTHON"):
         bench.rows += [r for r in kept if r["network"] == bench.name and str(r["method"]).startswith("NNC")]
     kept = [r for r in kept if r["network"] != bench.name] + bench.rows

@@ -11,7 +11,6 @@ says how to install.
 """
 
 import functools
-import json
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from table import DATA, ROOT, keep, real_data
+from table import DATA, earlier, keep, real_data
 from torch import nn
 
 from tersenet import Budget, compress, native
@@ -352,9 +351,8 @@ def place(row: Row) -> tuple[int, int]:
 
 
 def main(part: str | None = None, *names: str) -> None:
-    path = ROOT / "bench/results/runtime.json"
     for name in [part] if part else PARTS:
-        before, rows = json.loads(path.read_text())["rows"], list[Row]()
+        before, rows = earlier("runtime"), list[Row]()
         for row in PARTS[name](*names):
             rows.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import zstandard
 from scipy.stats import spearmanr
-from table import DATA, ROOT, real_data, write
+from table import DATA, ROOT, put, real_data
 
 import tersenet as tn
 from tersenet.stages.pack import Narrow
@@ -336,24 +336,14 @@ PARTS: dict[tuple[str, str], Callable[[list[int]], Iterator[dict]]] = {
 }
 
 
-def same(row: dict) -> tuple:
-    """What a row is known by: a new one takes the place of the one that was made in the same way."""
-    return row["network"], row["method"], row.get("asked"), row.get("settings")
-
-
-def keep(row: dict) -> None:
-    """Put a row into the table at once, so that a run that is stopped loses nothing."""
-    path = ROOT / "bench/results/sequence.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [r for r in kept if same(r) != same(row)] + [row]
-    write("sequence", sorted(kept, key=lambda r: (r["network"], r["method"], -r["bytes"])), 0)
+KEYS = "network", "method", "asked", "settings"  # what a row is known by
 
 
 def main(network: str | None = None, part: str | None = None, *sizes: str) -> None:
     for (name, kind), rows in PARTS.items():
         if network in (None, name) and part in (None, kind) and (kind != "nnc" or os.environ.get("NNC_PYTHON")):
             for row in rows([int(size) for size in sizes]):
-                keep(row)
+                put("sequence", row, KEYS, lambda row: (row["network"], row["method"], -row["bytes"]))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,29 @@ def in_rounds(actions: Sequence[Callable[[], object]], rounds: int = 25) -> list
     return list(zip(map(statistics.median, clock), map(statistics.median, spent), strict=True))
 
 
+def earlier(name: str) -> list[dict[str, Any]]:
+    """The rows that were kept."""
+    path = ROOT / "bench" / "results" / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def put(
+    name: str,
+    row: dict[str, Any],
+    keys: Sequence[str],
+    order: Callable[[dict[str, Any]], Any],
+    seed: int = 0,
+    **more: Any,
+) -> None:
+    """Print a row and keep it at once, in order, in place of the one that has the same under all of the keys.
+
+    So a run that is stopped loses nothing, and rows that are not run again stay.
+    """
+    print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    others = [old for old in earlier(name) if any(old.get(key) != row.get(key) for key in keys)]
+    keep(name, sorted([*others, row], key=order), seed, **more)
+
+
 def keep(name: str, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> Path:
     """Keep the rows as bench/results/<name>.json with the machine and the commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)

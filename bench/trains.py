@@ -12,7 +12,6 @@ taken: the trained network's kernels taken into trains, Tucker's form or CP, bef
 milliseconds of one image by the realised network, on one thread, the median of rounds over all networks.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from lowrank import macs, parameters
-from table import ROOT, in_rounds, keep, real_data
+from table import in_rounds, put, real_data
 from torch import nn
 
 import tersenet as tn
@@ -160,20 +159,15 @@ def taken() -> Iterator[Row]:
         yield {**row, **size, "milliseconds": round(1000 * spent, 2)}
 
 
+KEYS = ("part", "method")
 PARTS = {"ratios": ratios, "begun": begun, "linear": wide, "taken": taken}
 
 
 def main(names: list[str]) -> None:
-    path = ROOT / "bench/results/trains.json"
+    settings = {"images": IMAGES, "scored": SCORED, "epochs": EPOCHS}
     for name in names or list(PARTS):
-        others = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = []
         for row in PARTS[name]():
-            rows.append({"part": name, **row})
-            print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-        rows += [row for row in others if row["part"] != name]
-        rows.sort(key=lambda row: list(PARTS).index(row["part"]))
-        keep("trains", rows, SEED, images=IMAGES, scored=SCORED, epochs=EPOCHS)
+            put("trains", {"part": name, **row}, KEYS, lambda row: list(PARTS).index(row["part"]), SEED, **settings)
 
 
 if __name__ == "__main__":
