@@ -359,7 +359,7 @@ if __name__ == "__main__":
     said = paragraph(
         "Whole files, measured after opening them again; for mobilenetv2 agreement with the float network. Without",
         f"retraining our files are {results('ptq')['geometric_mean']} times the size of the ISO/IEC 15938-17",
-        "reference coder's at equal accuracy (geometric mean over six networks). `docs/results.md` has every table.",
+        "reference coder's at equal accuracy (geometric mean over six networks). `docs/results.md` has the tables.",
     )
     section = joined([BEGIN, "", *six_rows(), said])
     path.write_text(text[: text.index(BEGIN)] + section.rstrip() + "\n\n" + text[text.index(END) :])

@@ -311,9 +311,8 @@ def _planes(raw: Array) -> Array:
     return np.ascontiguousarray(raw.T).reshape(-1)
 
 
-def _rises(flat: Array) -> bool:
-    """Whether no value lies below the one before, by the order of their bits."""
-    order = in_order(flat.view(np.uint32))
+def _rises(order: Array) -> bool:
+    """Whether none of the numbers is below the one before."""
     return bool((order[1:] >= order[:-1]).all())
 
 
@@ -334,8 +333,8 @@ def _narrowest(array: Array) -> tuple[str, Array]:
             stored, raw = "float16", half
         elif not (words & 0xFFFF).any():
             stored, raw = "bfloat16", (words >> 16).astype("<u2")
-        elif flat.size >= PALETTE and _rises(flat[:PALETTE]) and _rises(flat):
-            stored, raw = RISING, np.diff(in_order(words), prepend=np.uint32(0)).astype("<u4")
+        elif flat.size >= PALETTE and _rises(in_order(words[:PALETTE])) and _rises(order := in_order(words)):
+            stored, raw = RISING, np.diff(order, prepend=np.uint32(0)).astype("<u4")
     elif flat.dtype == np.float64:
         with np.errstate(over="ignore"):
             single = flat.astype("<f4")

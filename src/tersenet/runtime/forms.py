@@ -200,21 +200,24 @@ class Levels(Form):
         x = inputs(x, self.columns)
         count, (blocks, groups, _) = len(x), self.scale.shape
         width = -(-self.group // COLUMNS) * COLUMNS
-        digits: Array = np.empty((count, groups * width * self.planes + 64), np.int8)
-        sums: Array = np.empty((count, self.planes, groups), np.int32)
-        steps: Array = np.empty(count, np.float64)
         y: Array = np.empty((count, self.rows), np.float32)
-        factor, offset = (part if part.size else None for part in (self.factor, self.offset))
-        if self.step:
-            digits, sums, steps = self._fixed(x, groups, width)
-        else:
-            called("levels_digits", x, factor, count, self.columns, self.group, width, self.planes, digits, sums, steps)
+        digits, sums, steps = self._fixed(x, groups, width) if self.step else self._floating(x, groups, width)
+        offset = self.offset if self.offset.size else None
         head = (self.weights, self.bits, self.rows, groups, width, self.scale, offset, self.shift, digits, sums, steps)
         self.spread("levels_product", blocks, threads, (*head, count, self.planes), y, native.simd())
         return y
 
+    def _floating(self, x: Array, groups: int, width: int) -> tuple[Array, Array, Array]:
+        """What `terse_levels_digits` says: digits, their sums by group, and the step of each input."""
+        digits: Array = np.empty((len(x), groups * width * self.planes + 64), np.int8)
+        sums: Array = np.empty((len(x), self.planes, groups), np.int32)
+        steps: Array = np.empty(len(x), np.float64)
+        factor = self.factor if self.factor.size else None
+        called("levels_digits", x, factor, len(x), self.columns, self.group, width, self.planes, digits, sums, steps)
+        return digits, sums, steps
+
     def _fixed(self, x: Array, groups: int, width: int) -> tuple[Array, Array, Array]:
-        """What `terse_levels_digits` says, of inputs in fixed point. A row that has others gives NaN."""
+        """The same of inputs in fixed point. A row that has others gives NaN."""
         q = np.rint(np.divide(x, self.step, dtype=np.float64))
         fits = ((q >= -128) & (q <= 127)).all(1)
         q = np.where(fits[:, None], q, 0).astype(np.int8)

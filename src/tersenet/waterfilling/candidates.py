@@ -49,7 +49,9 @@ def candidates(
     Methods get what they need of the moments that were `found`; where there are none, or a weight is packed already,
     those that need some offer nothing.
     """
-    known = {id(waterfilling.draft.tensors[name]): joined(halves) for name, halves in found.items()}
+    blind = [method for method in methods if not method.needs]
+    aware = found if len(blind) < len(methods) else {}  # moments are large: none is put together that nobody reads
+    known = {id(waterfilling.draft.tensors[name]): joined(halves) for name, halves in aware.items()}
 
     def offered(layer: Layer) -> list[Candidate]:
         tensor = waterfilling.draft.tensors[layer.name]
@@ -71,7 +73,6 @@ def candidates(
         ]
         return [one for one in made if math.isfinite(one.packing.cost)]
 
-    blind = [method for method in methods if not method.needs]
     with one_thread():
         layers = waterfilling.layers
         offers = progress(spread(offered, layers), "trying methods", len(layers))
