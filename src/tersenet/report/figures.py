@@ -72,8 +72,8 @@ def layers(lines: Sequence[Line]) -> Drawing:
         made.axes.margins(0.12)
         if max(errors) > 30 * min(errors):
             _logarithmic(made.axes, "y")
-        else:
-            made.axes.set_ylim(0)
+        else:  # errors that are nearly alike would lie on the upper edge
+            made.axes.set_ylim(0, 1.12 * max(errors) or None)
     return made.drawing(
         "Each dot is a matrix or kernel, the larger the more bytes it takes.",
         f"Bits per weight against relative error of {len(shown)} weights: {min(bits):.2f} to {max(bits):.2f} bits,"
