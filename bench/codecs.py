@@ -2,8 +2,9 @@
 
 Run: make bench NAME=codecs. Streams of 4,194,304 symbols on one thread, CPU time, medians of the rounds of one run:
 S, 80 % zeros and 15 levels of Gaussian tails (4 bit); L, Laplace of scale 14 (8 bit). With NNC_PYTHON (see nnc_peer.py)
-also ResNet-20's levels as the ISO codec quantized them (uniform, qp -20), weights alone, both as whole streams.
-Whole files, as floats and with matrices in 8 bits by row, are encoded on all cores, by the clock and in CPU time.
+also ResNet-20's levels as the ISO codec quantized them (uniform, qp -20), weights alone, both as whole streams; without
+it those rows stay as they are. Whole files, as floats and with matrices in 8 bits by row, are encoded on all cores, by
+the clock and in CPU time.
 """
 
 import json
@@ -20,7 +21,7 @@ import constriction
 import numpy as np
 import zstandard
 from scipy.stats import norm
-from table import ROOT, in_rounds, real_data, write
+from table import ROOT, earlier, in_rounds, real_data, write
 
 from tersenet import native
 from tersenet.codecs import CODECS, rans
@@ -223,4 +224,6 @@ if __name__ == "__main__":
     rows = measure() + whole_files() + loading()
     if os.environ.get("NNC_PYTHON"):
         rows += against_the_iso_codec(os.environ["NNC_PYTHON"])
+    else:
+        rows += [row for row in earlier("codecs") if row["network"] == "resnet20 levels"]
     write("codecs", rows, 0, simd=PATHS[native.simd()])
