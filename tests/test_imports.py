@@ -43,13 +43,13 @@ MAY = {
     "runtime": "activations packed artifact native cores container norms task", "threelc": "codecs",
     "report": "artifact container journal packed structure",
     "notebook": "artifact", "cli_files": "artifact codecs replacing sources targets task_file",
-    "cli_errors": "artifact codecs",
+    "cli_errors": "artifact codecs", "cli_pages": "artifact cli_files promise replacing report",
     "sources": "artifact", "targets": "artifact", "task_file": "task", "doctor": "cores native",
     "flower": "codecs", "updates": "access artifact container decoding header packed codecs sources",
     "plan": "artifact budget contract draft methods packed promise run strength task where",
     "published": "artifact packed", "export": "access artifact codecs container header packed",
-    "cli": "cli_errors cli_files replacing sources doctor plan papers report runtime run budget draft artifact codecs"
-           " promise published recipe_file updates export display task_file",
+    "cli": "cli_errors cli_files cli_pages replacing sources doctor plan papers runtime run budget draft artifact"
+           " codecs promise published recipe_file updates export display task_file",
     "__init__": "artifact budget codecs task promise papers",
 }  # fmt: skip
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",

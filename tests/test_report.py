@@ -131,6 +131,12 @@ def test_a_page_of_lenet_5_says_what_the_file_and_its_run_say(lenet, tmp_path):
     for missing in ("What was tried: one file was made", "What each layer could have been: this recipe does not"):
         assert missing in said
     assert len(page.encode()) < 500_000
+    lenet.report(tmp_path / "beside.html", peers=[("theirs", 51_200, 0.971)])
+    beside = text_of((tmp_path / "beside.html").read_text("utf-8"))
+    assert "no points of others were given" in said and "theirs" in beside and "theirs" not in said
+    with pytest.raises(ValueError, match="theirs: a peer has a size above 0"):
+        lenet.report(tmp_path / "wrong.html", peers=[("theirs", 0, 0.971)])
+    assert not (tmp_path / "wrong.html").exists()
 
 
 def test_a_file_finds_its_run_and_a_run_its_file_and_their_pages_are_the_same_every_time(lenet, tmp_path, monkeypatch):

@@ -5,13 +5,16 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from tersenet.artifact import Artifact
 from tersenet.codecs import FormatError
 from tersenet.replacing import write_atomically
 from tersenet.sources import Checkpoint
 
+TASK = Annotated[Path | None, typer.Option("--task", help="Your Python file with a function task() -> tersenet.Task")]
 METADATA_CAP = 30_000  # bytes of a checkpoint's own text that are kept; a file's notes hold 64 KiB in all
 
 

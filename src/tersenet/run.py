@@ -94,15 +94,19 @@ class Result:
             words.append(f"test metric {self.before:.4f} -> {self.after:.4f} (from the reopened file)")
         return [*words, f"{self.seconds:.1f} s"]
 
-    def report(self, path: str | Path) -> None:
-        """Write a page that shows the file and the run that made it; needs `tersenet[report]`."""
-        from tersenet.report.facts import Facts
+    def report(self, path: str | Path, peers: Sequence[tuple[str, int, float]] = ()) -> None:
+        """Write a page that shows the file and the run that made it; needs `tersenet[report]`.
+
+        `peers` are what others made of the network: for each its name, its bytes and its metric.
+        """
+        from tersenet.report.facts import Facts, peer
         from tersenet.report.page import report
         from tersenet.report.told import Told
 
         told = Told.of(self.rows) if self.journal is None else Told.of_folder(self.journal.parent)
         told = replace(told, before=self.before, after=self.after, seconds=self.seconds)
-        write_atomically(Path(path), report(Facts.made(Path(path).stem, self.artifact, told)).encode())
+        facts = Facts.made(Path(path).stem, self.artifact, told)
+        write_atomically(Path(path), report(replace(facts, peers=tuple(peer(*other) for other in peers))).encode())
 
 
 def run(draft: Draft, task: Task | None, recipe: Recipe, folder: Path | None, log: Callable[[Row], None]) -> Draft:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,11 +54,16 @@ def peers_of(path: Path) -> tuple[Peer, ...]:
     wrong = ValueError(f"{path}: is no JSON list of peers, as {example}")
     try:
         rows = json.loads(path.read_bytes())
-        found = tuple(Peer(printable(str(row["name"])), *(float(row[n]) for n in ("bytes", "metric"))) for row in rows)
+        return tuple(peer(*(row[name] for name in Peer._fields)) for row in rows)
     except (ValueError, TypeError, KeyError, OverflowError):
         raise wrong from None
-    if not all(math.isfinite(peer.metric) and 0 < peer.bytes < math.inf for peer in found):
-        raise wrong
+
+
+def peer(name: object, size: Any, metric: Any) -> Peer:
+    """A peer with its name made fit to be read. Raises ValueError for a size or a metric that is none."""
+    found = Peer(printable(str(name)), float(size), float(metric))
+    if not (math.isfinite(found.metric) and 0 < found.bytes < math.inf):
+        raise ValueError(f"{found.name}: a peer has a size above 0 and a metric, not {size} and {metric}")
     return found
 
 
