@@ -1,6 +1,7 @@
 """Low rank and compact filters: ranks chosen without training, what tuning gives back, and ranks beside bits.
 
-Run: make bench NAME=lowrank (or: python bench/lowrank.py [PART ...]). Rows of parts that are not run again are kept.
+Run: make bench NAME=lowrank (or: python bench/lowrank.py [PART [NETWORK ...]]). Rows that are not run again are kept;
+networks may be named where a part has several.
 
 ranks: ENC on ResNet-56 at half the MACs, against uniform ranks and EVBMF's. The first and the last layer stay whole, as
 in the paper's 54 layers. Accuracy of the realised network on the first SCORED test images, as it is and with the
@@ -160,8 +161,8 @@ def compact() -> Iterator[Row]:
         }  # fmt: skip
 
 
-def others() -> Iterator[Row]:
-    for network in ("squeezenet11", "mobilenetv2"):
+def others(*networks: str) -> Iterator[Row]:
+    for network in networks or ("squeezenet11", "mobilenetv2"):
         task = replace(agreement(network), schedule=FEW)
         image, draft = task.test[0][:1], Draft.of_model(task.model)
         stages: dict[str, Stage] = {
@@ -182,12 +183,12 @@ def others() -> Iterator[Row]:
             }  # fmt: skip
 
 
-def bits() -> Iterator[Row]:
+def bits(*networks: str) -> Iterator[Row]:
     import sequence
 
-    for network, widths in (("resnet56", (6, 4)), ("minilm", (4,))):
+    for network in networks or ("resnet56", "minilm"):
         task = cifar(network) if network == "resnet56" else sequence.encoder()
-        for width in widths:
+        for width in (6, 4):
             rounding = tuple(Uniform(b, by_row=True) for b in (3, 4, 5, 6, 8))
             ranks = tuple(chain(SVD(part=p), Uniform(b, by_row=True)) for p in (0.9, 0.6, 0.3) for b in (6, 8))
             recipes: dict[str, Recipe] = {
@@ -215,12 +216,12 @@ KEYS = ("part", "network", "method", "weighted", "setting")
 PARTS = {"ranks": ranks, "tuned": tuned, "squeezenet": squeezenet, "others": others, "compact": compact, "bits": bits}
 
 
-def main(names: list[str]) -> None:
+def main(part: str | None = None, *networks: str) -> None:
     settings = {"scored": SCORED, "calibration": CALIBRATION, "samples": SAMPLES}
-    for name in names or list(PARTS):
-        for row in PARTS[name]():
+    for name in [part] if part else PARTS:
+        for row in PARTS[name](*networks):
             put("lowrank", {"part": name, **row}, KEYS, lambda row: list(PARTS).index(row["part"]), SEED, **settings)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])
