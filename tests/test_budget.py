@@ -177,3 +177,10 @@ def test_verifying_a_file_leaves_the_tasks_model_as_it_was(tmp_path):
     assert found["metric"] == task.score(data, load(tmp_path / "f.terse").into(copy.deepcopy(task.model)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
     assert task.model.training
+
+
+def test_a_file_that_claims_no_number_as_its_metric_is_no_promise_kept(tmp_path):
+    task = tn.Task(nn.Linear(16, 4), test=(torch.randn(60, 16), torch.randint(0, 4, (60,))))
+    Artifact(dict(Draft.of_model(task.model).tensors), meta={"metric": float("nan")}).save(tmp_path / "f.terse")
+    with pytest.raises(PromiseBroken, match="the file says nan"):
+        verify(tmp_path / "f.terse", task=task)

@@ -403,7 +403,7 @@ def test_recipes_are_refused_before_any_work(task, kinds):
     for message, stages in refused.items():
         with pytest.raises(ValueError, match=message):
             run(kinds["dense"], task, (first, *stages), None, lambda _: None)
-    for stage in (Finetune(1), Retrain(), OBS(0.5), Channels(0.5), DropDead()):
+    for stage in (Finetune(1), Retrain(), Prune(0.5), OBS(0.5), Channels(0.5), DropDead()):
         for without in (None, replace(task, train=None)):
             with pytest.raises(ValueError, match=f"{type(stage).__name__} .*give a Task with training data"):
                 run(kinds["dense"], without, (first, stage), None, lambda _: None)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_cli import home, terse  # noqa: F401
 
 import tersenet as tn
-from tersenet.artifact import Artifact, Tensor
+from tersenet.artifact import Artifact, Section, Tensor
 from tersenet.journal import NAME, RESULT, read
 from tersenet.packed import Codebook, Sparse, Uniform
 from tersenet.report.facts import Facts, peers_of
@@ -205,6 +205,34 @@ def test_errors_at_the_outputs_have_a_column_where_they_are_known():
     assert "Error of outputs" not in text_of(page_of(tensors))
 
 
+def test_errors_beyond_all_numbers_are_in_the_ledger_and_not_drawn():
+    tensors = {"a": Tensor(np.ones((9, 9), np.float32), error=1e6), "b": Tensor(np.eye(9, dtype=np.float32), error=0.5)}
+    page = report(Facts.made("a file", tn.load(Artifact(tensors).to_bytes()), Told()))
+    assert "inf" in text_of(page) and "error of 1 weights" in page
+    assert "no weight of the file tells an error" in text_of(page_of({"a": tensors["a"]}))
+
+
+@pytest.mark.parametrize("claim", [float("nan"), float("inf"), 10**400, True, "0.5"])
+def test_a_file_that_claims_no_number_as_its_metric_tells_none(claim):
+    artifact = tn.load(Artifact({"w": Tensor(np.ones((9, 9), np.float32))}, meta={"metric": claim}).to_bytes())
+    facts = Facts.made("a file", artifact, Told())
+    assert facts.metric is None and "Metric on the test data" not in text_of(report(facts))
+
+
+def test_sections_are_no_whole_numbers():
+    tensors = {"w": Tensor(np.arange(900, dtype=np.int32))}
+    plain, graph = Artifact(tensors), Artifact(tensors, sections={"graph": Section(bytes(range(200)))})
+    one, other = (Facts.made("a", artifact, Told()) for artifact in (plain, graph))
+    assert one.parts["whole numbers"] == other.parts["whole numbers"] and "sections" not in one.parts
+    assert sum(other.parts.values()) == graph.nbytes and "200 of sections" in text_of(report(other))
+
+
+def test_names_that_read_alike_are_compared_apart():
+    tensors = {"a\nb": Tensor(np.ones((9, 9), np.float32)), "a\\nb": Tensor(np.eye(7, dtype=np.float32))}
+    facts = Facts.made("a", Artifact(tensors), Told())
+    assert text_of(compare({"a": facts, "b": facts})).count("a\\nb") == 2
+
+
 def test_several_files_stand_side_by_side():
     rng = np.random.default_rng(0)
     one = Artifact({"w": Tensor(rng.normal(size=(9, 9)).astype(np.float32))}, meta={"metric": 0.75})
@@ -239,6 +267,8 @@ def test_what_others_made_stands_beside_a_file_that_tells_its_metric(tmp_path):
         '[{"name": "a"}]',
         '[{"name": "a", "bytes": 0, "metric": 1}]',
         '{"name": 3}',
+        "{}",
+        "[" * 100_000,
         f'[{{"name": 3, "bytes": 1{"0" * 400}, "metric": 1}}]',
     ):
         (tmp_path / "peers.json").write_text(wrong)
@@ -374,6 +404,25 @@ def test_a_torn_journal_is_told_and_one_that_cannot_be_read_is_an_error(tmp_path
     path.unlink()
     with pytest.raises(ValueError, match=r"is no run: there is no run\.jsonl in it"):
         Facts.of(tmp_path)
+
+
+@pytest.mark.parametrize("journal", [None, b"", b"\x00 nothing", b"[" * 100_000])
+def test_a_file_is_shown_whatever_became_of_its_runs_journal(tmp_path, monkeypatch, journal):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run = tmp_path / "tersenet" / "key"
+    run.mkdir(parents=True)
+    artifact = Artifact({"w": Tensor(np.ones((9, 9), np.float32))})
+    for path in (tmp_path / "f.terse", run / RESULT):
+        artifact.save(path)
+    if journal is not None:
+        (run / NAME).write_bytes(journal)
+    said = text_of(report(Facts.of(tmp_path / "f.terse")))
+    assert "journal of the run that made this file is gone or damaged" in said and f"{artifact.nbytes:,} bytes" in said
+
+
+def test_rows_may_hold_integers_beyond_all_floats():
+    told = Told.of([{"run": ["a"]}, {"stage": "a", "bytes": 10**400, "metric": 0.5}])
+    assert told.steps[0].bytes is None and told.steps[0].metric == 0.5
 
 
 def test_a_run_that_was_stopped_and_tried_again_is_told_once():

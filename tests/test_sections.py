@@ -35,6 +35,19 @@ def test_a_required_section_that_is_not_known_is_refused_and_another_is_not():
     load(with_section(b"graph").to_bytes())
 
 
+def test_what_the_page_allows_is_written_and_read_and_no_more():
+    def file(count=1, name=1, notes=10):
+        sections = {f"{k:0{name}}": Section(b"x") for k in range(count)}
+        return Artifact({"w": Tensor(floats(3))}, meta={"n": "x" * (notes - 8)}, sections=sections).to_bytes()
+
+    for most in ({"count": 64}, {"name": 1024}, {"notes": 1 << 16}):
+        opened = load(file(**most))
+        assert len(opened.sections) == most.get("count", 1) and len(min(opened.sections)) == most.get("name", 1)
+        assert len(opened.meta["n"]) == most.get("notes", 10) - 8
+        with pytest.raises(ValueError, match="at most"):
+            file(**{part: many + 1 for part, many in most.items()})
+
+
 def test_damaged_and_cut_sections_are_refused():
     file = small_files()["sections"]
     assert set(load(file).sections) == {"graph", "\u00e9", ""}

@@ -1,6 +1,7 @@
 """Rules: what they match, which comes first, what the ledger says of them, and what they leave alone."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -109,6 +110,12 @@ def test_a_rule_that_decides_about_nothing_is_an_error_with_the_names(mixed):
         chosen(mixed, (("conv.weight", 1), ("conv.weight", 2)))
     with pytest.raises(ValueError, match="'tail' decides about no weight"):
         kept(mixed, ["tail"])
+
+
+@pytest.mark.parametrize("rule", ["", " ", "conv* last*", "conv* kind:linear last*"])
+def test_a_rule_is_one_pattern(mixed, rule):  # of two the last would win, and nothing would match everything
+    with pytest.raises(ValueError, match=f"the rule {re.escape(repr(rule))}: write one pattern"):
+        kept(mixed, [rule])
 
 
 def test_packing_by_rules_is_told_in_the_ledger(task, tmp_path):

@@ -95,6 +95,7 @@ def files(home):
     (home / "tail.safetensors").write_bytes(whole + b"tail")
     (home / "cut.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
     (home / "folder").mkdir()
+    (home / "loop").symlink_to("loop")
     (home / "none.npz").write_text("hello")
     (home / "empty.npz").write_text("")
     (home / "bad.terse").write_bytes(b"TERSE\1 not a file at all........")
@@ -141,6 +142,13 @@ WRONG = [  # words, what is said
     ("compress", "net.npz", "--drop", "1", *OUT, "a drop is measured on data"),
     ("compress", "net.npz", "--seed", "-1", *PACK, "'--seed': -1 is not in the range"),
     ("compress", "net.npz", *PACK, "--keep", "head*", "the rule 'head*' "),
+    ("compress", "net.npz", *PACK, "--keep", "", "the rule '': write one pattern"),
+    ("compress", "net.npz", *PACK, "--keep", "w b", "the rule 'w b': write one pattern"),
+    ("compress", "net.npz", "--recipe", "", *OUT, "no ''; there are"),
+    ("compress", "net.npz", "--recipe", "lr-rewinding", *OUT, "Prune retrains the network: give a Task"),
+    ("compress", "net.npz", "--recipe", "pack.yaml", "-o", "loop", "loop: is a link that leads to itself"),
+    ("compare", "n.terse", "-o", "x.html", "give two files or more"),
+    ("compare", "n.terse", "n.terse", "-o", "x.html", "give two files or more"),
     ("compress", "net.npz", "--rule", "w=kmeens", *OUT, "no 'kmeens'; there are"),
     ("compress", "net.npz", "--rule", "w=kmeans:bits=4.5", *OUT, "bits is 4.5"),
     ("compress", "net.npz", "--rule", "w=sparsegpt", *OUT, "w: SparseGPT("),

@@ -74,7 +74,7 @@ def compress_command(
         raise ValueError(f"--{wrong[0]} is a number, e.g. 8")
     budget = Budget(**given) if any(v is not None for v in given.values()) else None  # type: ignore[arg-type]
     rules = [parse_rule(text, seed) for text in rule or ()]
-    chosen = find_recipe(recipe, seed) if recipe else None
+    chosen = None if recipe is None else find_recipe(recipe, seed)
     if source is None and task is None:
         raise ValueError("nothing to compress: give a SOURCE file, or --task with your model")
     check_output(output, source, task)

@@ -20,7 +20,10 @@ METADATA_CAP = 30_000  # bytes of a checkpoint's own text that are kept; a file'
 
 def check_output(output: Path, *inputs: Path | None) -> None:
     """Refuse before any work what could not be written in the end, or would replace what was read."""
-    folder = output.resolve().parent
+    try:
+        folder = output.resolve().parent
+    except RuntimeError:
+        raise ValueError(f"{output}: is a link that leads to itself; give another name") from None
     if not folder.is_dir():
         raise ValueError(f"{output.parent}: no such folder to write to")
     if output.exists() and not output.is_file():

@@ -79,6 +79,8 @@ def compare_command(
     from tersenet.report.page import compare
 
     check_output(output, *files)
+    if len(set(files)) < 2:
+        raise ValueError("give two files or more to compare")
     found, names = dict[str, Facts](), [file.name for file in files]
     for file in files:
         with about(file):

@@ -221,7 +221,7 @@ def _parse(plain: bytes, offset: int, coded: int, size: int, small: bool) -> Hea
     pools = parser.pools()
     check = parser.check(bool(pools))
     try:
-        meta = json.loads(parser.take(parser.number(META_CAP)) or b"{}")
+        meta = json.loads(parser.take(parser.number(1 + META_CAP)) or b"{}")
     except (ValueError, RecursionError):  # brackets in brackets
         raise FormatError("the header's notes are not JSON") from None
     sections = parser.sections() if parser.left else {}
@@ -351,10 +351,10 @@ class _Parser(Reader):
 
     def sections(self) -> dict[str, SectionPlace]:
         found: dict[str, SectionPlace] = {}
-        count = self.number(min(SECTION_CAP, self.left))
+        count = self.number(1 + min(SECTION_CAP, self.left))
         for _ in range(count):
             try:
-                name = self.take(self.number(NAME_CAP)).decode()
+                name = self.take(self.number(1 + NAME_CAP)).decode()
             except UnicodeDecodeError:
                 raise FormatError("a section's name is not UTF-8") from None
             flags, plain, length = self.byte(), self.number(), self.number()

@@ -109,7 +109,7 @@ def read(path: Path) -> list[Row]:
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # brackets in brackets
             continue
         if isinstance(row, dict):
             rows.append(row)

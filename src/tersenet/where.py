@@ -56,20 +56,24 @@ class Where:
     def of(text: str) -> "Where":
         """The value of its text: a pattern of names, and after blanks `kind:` and `least:` where they matter.
 
+        Raises ValueError for an empty text, for two patterns, and for a `least` that is no number.
+
         >>> Where.of("kind:conv*")
         Where(name='*', kind='conv*', least=0)
         """
-        name, kind, least = "*", "*", "0"
+        kind, least, names = "*", "0", list[str]()
         for part in text.split():
             if part.startswith("kind:"):
                 kind = part.removeprefix("kind:")
             elif part.startswith("least:"):
                 least = part.removeprefix("least:")
             else:
-                name = part
+                names.append(part)
+        if not text.strip() or len(names) > 1:
+            raise ValueError(f"the rule {text!r}: write one pattern, e.g. 'head.*', and a rule of its own for another")
         if not least.isdecimal():
             raise ValueError(f"the rule {text!r}: least is a number of values, as in 'least:1000'")
-        return Where(name, kind, int(least))
+        return Where(names[0] if names else "*", kind, int(least))
 
     def __str__(self) -> str:
         given = [f"kind:{self.kind}"] * (self.kind != "*") + [f"least:{self.least}"] * (self.least > 0)

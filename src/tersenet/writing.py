@@ -90,7 +90,7 @@ def write(
         first.setdefault(id(tensor), number)
     records.append(streams.pools())
     meta = json.dumps(dict(notes), separators=(",", ":"), sort_keys=True).encode() if notes else b""
-    if len(meta) >= META_CAP:
+    if len(meta) > META_CAP:
         raise ValueError(f"the notes of a file have at most {META_CAP} bytes")
     records += [(put_number(len(meta)) + meta, b""), *_section_headers(sections, streams)]
     streams.flush(file)

@@ -12,7 +12,7 @@ import numpy as np
 from tersenet.artifact import Artifact, LedgerRow, load, printable
 from tersenet.container import STAND_IN, Tensor
 from tersenet.journal import RESULT, cache_folder, run_of
-from tersenet.report.told import Told
+from tersenet.report.told import Told, number
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,10 @@ def peers_of(path: Path) -> tuple[Peer, ...]:
     wrong = ValueError(f"{path}: is no JSON list of peers, as {example}")
     try:
         rows = json.loads(path.read_bytes())
+        if not isinstance(rows, list):
+            raise wrong
         return tuple(peer(*(row[name] for name in Peer._fields)) for row in rows)
-    except (ValueError, TypeError, KeyError, OverflowError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise wrong from None
 
 
@@ -85,14 +87,19 @@ class Facts:
     def of(source: Path) -> "Facts":
         """The facts of a file, or of a run's folder. A file's run is found by the result that lies in its folder.
 
-        Raises ValueError where there is no run in a folder, `FormatError` for a damaged file.
+        Raises ValueError where there is no run in a folder, `FormatError` for a damaged file. A file whose run's
+        journal is gone or damaged is told without it.
         """
         if source.is_dir():
             told, file = Told.of_folder(source), source / RESULT
             artifact = load(file) if file.exists() else None
         else:
-            artifact, run = load(source), run_of(source, cache_folder())
-            told = Told() if run is None else Told.of_folder(run)
+            artifact, run, told = load(source), run_of(source, cache_folder()), Told()
+            if run is not None:
+                try:
+                    told = Told.of_folder(run)
+                except ValueError:
+                    told = Told(words=("The journal of the run that made this file is gone or damaged.",))
         return Facts.made(source.name, artifact, told)
 
     @staticmethod
@@ -103,7 +110,10 @@ class Facts:
         rows = artifact.ledger()
         lines = tuple(_line(row, artifact.tensors.get(row.name), outputs or {}) for row in rows)
         names = {"whole numbers": "payload", "floats": "tables", "names, shapes and trees": "header"}
-        parts = {said: sum(getattr(row, part) for row in rows[:-1]) for said, part in names.items()}
+        tensors = [row for row in rows[:-1] if row.kind != "section"]
+        parts = {said: sum(getattr(row, part) for row in tensors) for said, part in names.items()}
+        if held := sum(row.total for row in rows if row.kind == "section"):
+            parts["sections"] = held
         return Facts(printable(title), artifact, lines, told, parts | {"the file's own": rows[-1].total})
 
     @property
@@ -122,8 +132,8 @@ class Facts:
     @property
     def metric(self) -> float | None:
         """The test metric, measured from the reopened file."""
-        claimed = None if self.artifact is None else self.artifact.meta.get("metric")
-        return float(claimed) if isinstance(claimed, int | float) else self.told.after
+        claimed = None if self.artifact is None else number(self.artifact.meta, "metric")
+        return self.told.after if claimed is None else claimed
 
     @property
     def matrices(self) -> list[Line]:

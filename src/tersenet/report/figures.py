@@ -56,14 +56,13 @@ def _grouped(lines: Sequence[Line]) -> dict[str, tuple[int, int]]:
 
 def layers(lines: Sequence[Line]) -> Drawing:
     """Bits a weight and error of each matrix or kernel, sized by its bytes."""
-    shown = [line for line in lines if line.error and line.bits]
-    bits, errors = [line.bits or 0 for line in shown], [line.error or 0 for line in shown]
-    most = max(line.bytes for line in shown)
+    bits, errors = [line.bits or 0 for line in lines], [line.error or 0 for line in lines]
+    most = max(line.bytes for line in lines)
     with canvas("layers") as made:
         made.axes.scatter(
-            bits, errors, [12 + 160 * line.bytes / most for line in shown], ONE, alpha=0.6, edgecolors="none"
+            bits, errors, [12 + 160 * line.bytes / most for line in lines], ONE, alpha=0.6, edgecolors="none"
         )
-        named = sorted(shown, key=lambda line: -line.bytes)[:3] if len(shown) <= 2 * NAMED else []
+        named = sorted(lines, key=lambda line: -line.bytes)[:3] if len(lines) <= 2 * NAMED else []
         for number, line in enumerate(named):
             up = -13 if number % 2 else 6  # so that names of neighbours stand apart
             _named(made.axes, line.name, line.bits or 0, line.error or 0, sum(bits) / len(bits), up)
@@ -76,7 +75,7 @@ def layers(lines: Sequence[Line]) -> Drawing:
             made.axes.set_ylim(0, 1.12 * max(errors) or None)
     return made.drawing(
         "Each dot is a matrix or kernel, the larger the more bytes it takes.",
-        f"Bits per weight against relative error of {len(shown)} weights: {min(bits):.2f} to {max(bits):.2f} bits,"
+        f"Bits per weight against relative error of {len(lines)} weights: {min(bits):.2f} to {max(bits):.2f} bits,"
         f" errors of {min(errors):.4f} to {max(errors):.4f}",
     )
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,14 +57,14 @@ def report(facts: Facts) -> str:
 
 def compare(files: Mapping[str, Facts]) -> str:
     """The page of several files side by side, by the name of each."""
-    lines = {name: {line.name: line for line in facts.lines} for name, facts in files.items()}
-    names = dict.fromkeys(line for found in lines.values() for line in found)
+    lines = {name: {line.key: line for line in facts.lines} for name, facts in files.items()}
+    names = {key: line.name for found in lines.values() for key, line in found.items()}
     measured = sum(facts.metric is not None for facts in files.values())
     return _page(
         "compare.html.j2",
         title=", ".join(files),
         files=files,
-        rows=[(name, [found.get(name) for found in lines.values()]) for name in names],
+        rows=[(name, [found.get(key) for found in lines.values()]) for key, name in names.items()],
         drawings=[figures.side_by_side(files)] if measured > 1 else [],
         missing=[]
         if measured > 1
@@ -126,7 +127,7 @@ def _bytes(facts: Facts) -> Made:
 
 
 def _layers(facts: Facts) -> Made:
-    lines = [line for line in facts.matrices if line.error]
+    lines = [line for line in facts.matrices if line.error and line.bits and math.isfinite(line.error)]
     return ("", [figures.layers(lines)]) if lines else "no weight of the file tells an error."
 
 

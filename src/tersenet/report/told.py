@@ -1,6 +1,6 @@
 """What the journal of a run tells, as plain data: stages, trainings, candidates, and what came out."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,10 +94,10 @@ class Told:
             trainings=_trainings(rows),
             candidates=_candidates(rows),
             offers=_offers(rows),
-            scores=tuple(score for row in rows if "search" in row and (score := _number(row, "score")) is not None),
-            before=_number(results[-1], "before"),
-            after=_number(results[-1], "metric"),
-            seconds=_number(results[-1], "seconds"),
+            scores=tuple(score for row in rows if "search" in row and (score := number(row, "score")) is not None),
+            before=number(results[-1], "before"),
+            after=number(results[-1], "metric"),
+            seconds=number(results[-1], "seconds"),
             words=tuple(words),
         )
 
@@ -106,15 +106,16 @@ def _text(value: Any) -> str:
     return printable(str(value))
 
 
-def _number(row: Row, name: str) -> float | None:
+def number(row: Mapping[str, Any], name: str) -> float | None:
     """A finite number of a row; None where there is none, as in a row that was damaged."""
     value = row.get(name)
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if fits and value is not None else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None
 
 
 def _step(row: Row) -> Step:
-    parts = {name: _number(row, name) for name in ("density", "metric", "bytes", "seconds")}
+    parts = {name: number(row, name) for name in ("density", "metric", "bytes", "seconds")}
     return Step(stage=_text(row["stage"]), **parts)
 
 
@@ -122,7 +123,7 @@ def _trainings(rows: Sequence[Row]) -> tuple[Training, ...]:
     """Trainings in their order. An epoch that a later try trained again, to the same loss, is told once."""
     found, seen, before = list[tuple[str, list[float], list[float | None]]](), set[tuple[Any, ...]](), -1.0
     for row in rows:
-        epoch, loss, rate = (_number(row, name) for name in ("epoch", "loss", "rate"))
+        epoch, loss, rate = (number(row, name) for name in ("epoch", "loss", "rate"))
         if "training" not in row or epoch is None or loss is None:
             continue
         label, mark = _text(row["training"]), (str(row["training"]), epoch, loss, rate)
@@ -141,10 +142,10 @@ def _candidates(rows: Sequence[Row]) -> tuple[Candidate, ...]:
     chosen = {_text(row["chosen"]) for row in rows if "chosen" in row}
     found = dict[str, Candidate]()
     for row in rows:
-        size = _number(row, "bytes")
+        size = number(row, "bytes")
         if "candidate" in row and size is not None:
             label = _text(row["candidate"])
-            found[label] = Candidate(label, size, _number(row, "metric"), _number(row, "error"), label in chosen)
+            found[label] = Candidate(label, size, number(row, "metric"), number(row, "error"), label in chosen)
     return tuple(found.values())
 
 
@@ -155,7 +156,7 @@ def _offers(rows: Sequence[Row]) -> dict[str, tuple[tuple[float, float], ...]]:
         if "layer" not in row or not isinstance(offers, list):
             continue
         pairs = [dict(zip(("bytes", "cost"), offer)) for offer in offers if isinstance(offer, list)]
-        both = [(_number(pair, "bytes"), _number(pair, "cost")) for pair in pairs]
+        both = [(number(pair, "bytes"), number(pair, "cost")) for pair in pairs]
         edge = list[tuple[float, float]]()
         for size, cost in sorted((size, cost) for size, cost in both if size is not None and cost is not None):
             if cost > 0 and (not edge or cost < edge[-1][1]):

@@ -54,6 +54,11 @@ class Prune:
     def refuses(self) -> Mapping[Kind, str]:
         return (UNFIT if self.retrain in ("weights", "random") else {}) | dict.fromkeys(PACKED, "prune before packing")
 
+    @property
+    def requires(self) -> Mapping[Kind, str]:
+        trains = self.retrain != "none" and (self.epochs or self.final)
+        return {DATA: "retrains the network: give a Task with training data, or retrain='none'"} if trains else {}
+
     def __post_init__(self) -> None:
         if self.retrain not in RETRAIN or self.scope not in ("global", "layer"):
             raise ValueError(f"Prune takes retrain among {', '.join(RETRAIN)} and scope global or layer")
