@@ -25,6 +25,7 @@ REFUSED = {
     "double": r"ValueError: 0.weight: 3LC sends float32",
     "sparse": r"ValueError: 0.weight: its gradient is sparse",
     "nan": r"ValueError: \S+: its gradient on worker 1 holds NaN or infinity",
+    "large": r"ValueError: 0.weight: the mean of its gradients is too large for torch.float16",
     "scaler": r"ValueError: \S+: .*A GradScaler makes such gradients",
 }
 LENGTHS = [0, 1, 2, 4, 5, 6, 9, 10, 11, 69, 70, 71, 999, 5119, 5120, 5121, 5130, 40_003]
