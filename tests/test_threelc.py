@@ -108,6 +108,12 @@ def test_what_is_not_finite_is_refused_and_nothing_is_forgotten(bad, both):
     assert np.array_equal(residual, kept)
 
 
+def test_what_was_left_out_of_another_number_of_values_is_refused(both):
+    for n in (10, 299, 301):
+        with pytest.raises(ValueError, match=f"has 300 values, and {n} were left out"):
+            ternary.encode(gradients(300), np.zeros(n, np.float32), 1.5)
+
+
 @pytest.mark.parametrize("sparsity", [0.99, 2, float("nan"), 1.99999999])
 def test_a_sparsity_outside_of_one_to_two_is_refused(sparsity, both):
     with pytest.raises(ValueError, match="less than 2"):
