@@ -237,6 +237,85 @@ def test_states_of_recurrent_layers_go_in_and_come_out(kind, settings):
             assert all(torch.allclose(a, b, atol=1e-5) and a.shape == b.shape for a, b in pairs)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_called_as_torch_calls_them_and_refuse_other_states(kind):
+    layer = kind(6, 5, 2, batch_first=True)
+    packed, dense = stored(layer, levels).attach(copy.deepcopy(layer)), stored(layer, levels).into(layer)
+    x, state = torch.randn(3, 7, 6), torch.randn(2, 3, 5)
+
+    def given(state):
+        return {"input": x, "hx": (state, state) if kind is nn.LSTM else state}
+
+    packed.flatten_parameters()
+    assert close(packed(**given(state))[0], dense(**given(state))[0])
+    for wrong in (state.transpose(0, 1), state[:, :1], state[0]):
+        with pytest.raises(RuntimeError):
+            dense(**given(wrong))
+        with pytest.raises(ValueError, match=r"takes states \[2, 3, 5\], not "):
+            packed(**given(wrong))
+    with pytest.raises(ValueError, match="2 or 3 axes"):
+        packed(x[None])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_whose_own_parts_are_tied_keep_them_all(kind):
+    layer = kind(5, 5, bidirectional=True)
+    layer.bias_hh_l0 = layer.bias_ih_l0
+    layer.weight_ih_l0_reverse = layer.weight_ih_l0
+    artifact = stored(layer, levels)
+    packed, x = artifact.attach(copy.deepcopy(layer)), torch.randn(4, 3, 5)
+    assert isinstance(packed, PackedRecurrent) and close(packed(x)[0], artifact.into(layer)(x)[0])
+
+
+@pytest.mark.parametrize("pack", [levels, shared])
+def test_embeddings_look_up_what_torch_does_and_nothing_else(pack):
+    layer = nn.Embedding(20, 10)
+    artifact = stored(layer, pack)
+    packed, dense = artifact.attach(copy.deepcopy(layer)), artifact.into(layer)
+    assert isinstance(packed, PackedEmbedding)
+    for ids in (torch.tensor(3), torch.zeros(0, 4).long(), torch.randint(0, 20, (2, 3)).int()):
+        assert torch.allclose(packed(input=ids), dense(ids)) and packed(ids).shape == dense(ids).shape
+    for wrong in (torch.tensor([-1]), torch.tensor([20]), torch.ones(20).bool(), torch.ones(20).byte()):
+        for layer in (dense, packed):
+            with pytest.raises((IndexError, RuntimeError), match=r"index out of range|Long, Int"):
+                layer(wrong)
+
+
+class Twice(nn.Module):
+    """Holds its layer in a tuple, too, which is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(10, 10)
+        self.layers = (self.layer,)
+
+    def forward(self, x):
+        return self.layers[0](x)[0]
+
+
+def test_a_layer_that_is_held_elsewhere_does_not_run_on_its_old_weights():
+    packed = stored(Twice(), levels).attach(Twice())
+    assert isinstance(packed.layer, PackedRecurrent)
+    with pytest.raises(RuntimeError, match="attach has replaced this layer"):
+        packed(torch.randn(2, 10))
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it():
+    def made():
+        model = nn.Sequential(nn.Linear(10, 10))
+        model[0].forward = lambda x: 2 * nn.functional.linear(x, model[0].weight, model[0].bias)
+        return model
+
+    artifact, x = stored(made(), levels), torch.randn(3, 10)
+    assert torch.equal(artifact.attach(made())(x), artifact.into(made())(x))
+
+
+def test_a_trace_holds_the_product_and_not_what_it_gave():
+    packed = stored(nn.Linear(10, 6), levels).attach(nn.Linear(10, 6))
+    traced, x = torch.jit.trace(packed, torch.randn(2, 10)), torch.randn(5, 10)
+    assert torch.equal(traced(x), packed(x))
+
+
 def test_inputs_that_do_not_fit_are_refused(case):
     model, (images, ids) = case
     packed = stored(model, sparse).attach(model)

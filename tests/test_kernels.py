@@ -187,6 +187,22 @@ def test_no_sum_overflows(extreme, path):
         assert form.product(x)[0, 0] == pytest.approx(extreme * 255 * (forms.GROUP + 1), rel=1e-6)
 
 
+@pytest.mark.parametrize("far", [300, 100_000, 2**31 - 40, -(2**31) + 40])
+@pytest.mark.parametrize("by_zero", [True, False])
+def test_levels_far_from_zero_overflow_no_sum(far, by_zero, forced):
+    """Whose sums with inputs of one sign 32 bits would not hold."""
+    near = np.random.default_rng(0).integers(-8, 8, (20, 400))
+    scale = np.float32(1 / abs(far)).reshape(1, 1)
+    tree = (
+        Uniform(near.astype(np.int8), scale, np.full((1, 1), far, np.int32))
+        if by_zero
+        else Uniform((near + far).astype(np.int32), scale)
+    )
+    form, x = kernels.choose(tree).form, np.abs(inputs(3, 400))
+    found = x @ unpack(tree).T if form is None else form.product(x)
+    assert np.allclose(found, x @ unpack(tree).astype(float).T, rtol=1e-5)
+
+
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 18), st.floats(0, 1), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_any_shape_is_multiplied(rows, columns, count, part, seed):

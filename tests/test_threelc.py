@@ -25,6 +25,7 @@ REFUSED = {
     "double": r"ValueError: 0.weight: 3LC sends float32",
     "sparse": r"ValueError: 0.weight: its gradient is sparse",
     "nan": r"ValueError: \S+: its gradient on worker 1 holds NaN or infinity",
+    "large": r"ValueError: 0.weight: the mean of its gradients is too large for torch.float16",
     "scaler": r"ValueError: \S+: .*A GradScaler makes such gradients",
 }
 LENGTHS = [0, 1, 2, 4, 5, 6, 9, 10, 11, 69, 70, 71, 999, 5119, 5120, 5121, 5130, 40_003]
@@ -105,6 +106,12 @@ def test_what_is_not_finite_is_refused_and_nothing_is_forgotten(bad, both):
     with pytest.raises(ValueError, match="NaN, infinity"):
         ternary.encode(values, residual, 1.75)
     assert np.array_equal(residual, kept)
+
+
+def test_what_was_left_out_of_another_number_of_values_is_refused(both):
+    for n in (10, 299, 301):
+        with pytest.raises(ValueError, match=f"has 300 values, and {n} were left out"):
+            ternary.encode(gradients(300), np.zeros(n, np.float32), 1.5)
 
 
 @pytest.mark.parametrize("sparsity", [0.99, 2, float("nan"), 1.99999999])

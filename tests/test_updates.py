@@ -200,6 +200,26 @@ def test_lossy_updates_of_other_floats_stay_in_their_type(kind):
     assert error < 0.8 * np.linalg.norm(unpack(old.tensors["w"].tree) - unpack(new.tensors["w"].tree))
 
 
+@pytest.mark.parametrize("kind,near,apart", [("float16", 6.3e4, 3e3), ("float32", 3.3e38, 2e37)])
+def test_a_lossy_update_makes_no_infinity_of_what_is_finite(kind, near, apart, recwarn):
+    """Tensors of which a step would leave the type, or that hold infinities, go exactly; others are rounded."""
+    rng, top = np.random.default_rng(0), float(np.finfo(kind).max)
+    old, new = (
+        {
+            "far": np.clip(near + apart * rng.normal(0, 1, 600), -top, top),
+            "infinite": np.append(rng.normal(0, apart, 300), np.inf),
+            "w": rng.normal(0, apart, 20_000),
+        }
+        for _ in "ab"
+    )
+    old, new = (of(**{name: array.astype(kind) for name, array in one.items()}) for one in (old, new))
+    update = diff(old, new, 8)
+    assert json.loads(update.sections["update"].data)["how"] == "~~+"
+    found = patch(old, update)
+    assert np.isfinite(found.unpack()["w"]).all() and not recwarn.list
+    assert all(found.unpack()[name].tobytes() == new.unpack()[name].tobytes() for name in ("far", "infinite"))
+
+
 def epoch(data, name, count, rate):
     """A network of others before and after some training."""
     datasets, models = data

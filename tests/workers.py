@@ -235,6 +235,12 @@ def sparse():
     return stopped(lambda: model(torch.arange(4)).sum().backward())
 
 
+def large():
+    """Gradients of float16 that are finite, and whose scale, up to twice as large, is not."""
+    model, _, _ = registered(nn.Sequential(nn.Linear(40, 64, bias=False)).half())
+    return stopped(lambda: (model(torch.ones(1, 40).half()) * 5e4).sum().backward())
+
+
 def double():
     return stopped(lambda: registered(network().double()))
 

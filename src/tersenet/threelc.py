@@ -162,8 +162,10 @@ def averaged(exchange: Exchange, bucket: dist.GradBucket) -> Future[Tensor]:  # 
     for data in everyone:
         for total, part in zip(totals, exchange.values(data, sizes), strict=True):
             total += part
-    for total, gradient in zip(totals, gradients.values(), strict=True):
+    for name, total, gradient in zip(names, totals, gradients.values(), strict=True):
         gradient.copy_((total / len(everyone)).view(gradient.shape))
+        if not gradient.sum(dtype=torch.float64).isfinite():  # the same on every worker
+            raise ValueError(f"{name}: the mean of its gradients is too large for {gradient.dtype}; clip them")
     exchange.sent += len(message)
     exchange.plain += bucket.buffer().nbytes
     exchange.seconds += time.perf_counter() - begun

@@ -174,8 +174,12 @@ def _told(was: Tensor | None, tensor: Tensor, step: float) -> tuple[str, Tree, b
         return WHOLE, tensor.tree, b""
     if step and (difference := _difference(was, tensor)) is not None:
         size = np.floor(np.abs(difference) / step + (0.5 - DEAD))
-        levels = narrowed(np.copysign(size, difference).astype(np.int64))
-        return (STEPS, Uniform(levels, np.array(step, np.float32)), b"") if size.any() else (SAME, NOTHING, b"")
+        if not size.any():
+            return SAME, NOTHING, b""
+        with np.errstate(over="ignore"):
+            tree = Uniform(narrowed(np.copysign(size, difference).astype(np.int64)), np.array(step, np.float32))
+        if np.isfinite(_stepped(was, tree)).all():  # a step past the largest number of the type would be infinite
+            return STEPS, tree, b""
     lengths, low = _distances(_words(tensor) - _words(was))
     return BITS, lengths.reshape(tensor.tree.shape), low
 
@@ -238,12 +242,18 @@ def _changed(name: str, was: Tensor, tree: Tree, letter: str, low: bytes, at: in
     if isinstance(was.tree, Packed) or was.tree.shape != tree.shape:
         raise FormatError(f"{name}: the update is for a tensor of another shape")
     if letter == STEPS and isinstance(tree, Uniform) and was.dtype in FLOATS:
-        return as_type(was.unpack().astype(_wide(was)) + unpack(tree), was.dtype), at
+        return _stepped(was, tree), at
     if letter == BITS and not isinstance(tree, Packed) and tree.dtype == np.uint8:
         words = _words(was)
         distances, at = _from_distances(tree.reshape(-1), words.dtype, low, at)
         return _from_words(words + distances, was).reshape(tree.shape), at
     raise FormatError(f"{name}: the update changes it in a way that is not known")
+
+
+def _stepped(was: Tensor, tree: Tree) -> Array:
+    """A tensor and the differences of a lossy update, in its type."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return as_type(was.unpack().astype(_wide(was)) + unpack(tree), was.dtype)
 
 
 def _alike(was: Tensor, tensor: Tensor) -> bool:
@@ -264,7 +274,8 @@ def _difference(was: Tensor, tensor: Tensor) -> Array | None:
     """New minus old, where a lossy update may round it."""
     if tensor.dtype not in FLOATS or math.prod(tensor.tree.shape) < LEAST:
         return None
-    found = tensor.unpack().astype(_wide(tensor)) - was.unpack().astype(_wide(tensor))
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = tensor.unpack().astype(_wide(tensor)) - was.unpack().astype(_wide(tensor))
     return found if np.isfinite(found).all() else None
 
 

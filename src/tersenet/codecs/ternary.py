@@ -30,6 +30,8 @@ def encode(values: Floats, residual: Floats, sparsity: float) -> bytes:
     scale, out = np.array([sparsity], np.float32), np.empty(-(-values.size // 5), np.uint8)
     if not 1 <= scale[0] < 2:
         raise ValueError(f"the sparsity multiplier is at least 1 and less than 2, not {sparsity}")
+    if residual.shape != values.shape:
+        raise ValueError(f"has {values.size} values, and {residual.size} were left out before")
     done = native.call("threelc_encode", values, residual, values.size, scale, out, out.size)
     if done is None:
         done = _encode(values, residual, scale, out)

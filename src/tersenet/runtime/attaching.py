@@ -31,7 +31,7 @@ def packed_layers(
         make = MADE.get(type(layer))
         if make is None:
             continue
-        parts = [part for part, _ in layer.named_parameters(recurse=False)]
+        parts = [part for part, _ in layer.named_parameters(recurse=False, remove_duplicate=False)]
         own = {part: tensors[f"{name}.{part}" if name else part] for part in parts}
         if reason := _left(layer, own, id(layer) in read):
             why[name] = f"dense: {reason}"
@@ -49,6 +49,8 @@ def _left(layer: nn.Module, own: Mapping[str, Tensor], read: bool) -> str:
         return "its parent reads its weight"
     if layer._forward_hooks or layer._forward_pre_hooks or "parametrizations" in dict(layer.named_children()):
         return "it has hooks or parametrizations"
+    if "forward" in vars(layer):
+        return "it has a forward of its own"
     kinds = {*(t.dtype for t in own.values()), *(str(p.dtype).removeprefix("torch.") for p in layer.parameters())}
     if kinds != {"float32"}:
         return "it is not float32"
@@ -109,9 +111,18 @@ MADE: dict[Any, Any] = {
 }
 
 
+def _refused(*args: Any, **named: Any) -> Any:
+    raise RuntimeError("attach has replaced this layer; call the one that lies in its place in the module")
+
+
 def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """The module with these layers in place of its own, wherever it holds them; it no longer asks for gradients."""
+    """The module with these layers in place of its own, wherever it holds them; it no longer asks for gradients.
+
+    What it holds elsewhere, as in a tuple, stays the old layer, which has none of the file's weights and is refused.
+    """
     made = {id(module.get_submodule(name)): layer for name, layer in layers.items()}
+    for name in layers:
+        module.get_submodule(name).forward = _refused
     if "" in layers:
         module = layers[""]
     for parent in list(module.modules()):
@@ -137,7 +148,7 @@ def attached(
     taken = {
         f"{name}.{part}".lstrip(".")
         for name in layers
-        for part, _ in module.get_submodule(name).named_parameters(recurse=False)
+        for part, _ in module.get_submodule(name).named_parameters(recurse=False, remove_duplicate=False)
         if part.startswith("weight")
     }
     with torch.no_grad():

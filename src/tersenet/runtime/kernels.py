@@ -215,7 +215,7 @@ def _uniform(tree: Uniform, planes: int) -> Form | None:
     if tree.zero is None and np.count_nonzero(q) < FEW_LEVELS * q.size:
         return _sparse_rows_of(_array(tree).reshape(q.shape))
     low, inside = _window(q)
-    if low is None or (not isinstance(offset, int) and np.abs(offset + low).max(initial=0) > 255):
+    if low is None or np.abs(np.asarray(offset) + low).max(initial=0) > 255:  # sums of products have 32 bits
         return None
     kept = q if inside.all() else np.clip(q, q[inside].min(), q[inside].max())
     whole = levels(kept, scale, offset, factor, planes, low)

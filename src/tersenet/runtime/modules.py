@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tersenet import cores
 from tersenet.packed import Array, Codebook, Uniform, unpack
@@ -128,7 +129,8 @@ class PackedWeight(nn.Module):
 
 def by_operator(x: Tensor) -> bool:
     """Whether a product goes through torch's dispatcher: where it is traced, or a gradient would be asked of it."""
-    return torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled())
+    traced: bool = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return traced or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled())
 
 
 class PackedLinear(nn.Module):
@@ -139,8 +141,8 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.packed, self.bias = weight, layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.packed(x)
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.packed(input)
         return y if self.bias is None else y + self.bias
 
 
@@ -157,17 +159,19 @@ class PackedConv2d(nn.Module):
             left = right = layer.padding[1]
         self.geometry = [*layer.kernel_size, *layer.stride, *layer.dilation, top, bottom, left, right]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels or x.dtype != torch.float32:
-            raise ValueError(f"this takes float32 images of {self.in_channels} channels, not {x.dtype} {list(x.shape)}")
-        images = x if x.dim() == 4 else x[None]
-        if by_operator(x):
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels or input.dtype != torch.float32:
+            raise ValueError(
+                f"this takes float32 images of {self.in_channels} channels, not {input.dtype} {list(input.shape)}"
+            )
+        images = input if input.dim() == 4 else input[None]
+        if by_operator(input):
             y: Tensor = convolution(images, self.packed.parts(), self.packed.spec, self.geometry)
         else:
             y = _convolved(images, self.packed.form(), self.geometry)
         if self.bias is not None:
             y = y + self.bias[:, None, None]
-        return y if x.dim() == 4 else y[0]
+        return y if input.dim() == 4 else y[0]
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}"
@@ -223,14 +227,15 @@ class PackedEmbedding(nn.Module):
     offsets: Tensor | None
     factor: Tensor | None
 
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = self.rows[ids]
+    def forward(self, input: Tensor) -> Tensor:
+        rows = functional.embedding(input, self.rows)  # refuses what is no number of a row, where [] takes -1 and masks
         if self.book is not None:
-            return self.book[rows.long()].reshape(*ids.shape, self.embedding_dim)
-        levels = rows.float().reshape(*ids.shape, self.scale.shape[1], -1) + self.offset
+            return self.book[rows.long()].reshape(*input.shape, self.embedding_dim)
+        groups = self.scale.shape[1]
+        levels = rows.float().reshape(*input.shape, groups, self.embedding_dim // groups) + self.offset
         if self.offsets is not None:
-            levels = levels + self.offsets[ids][..., None]
-        found: Tensor = (levels * self.scale[ids][..., None]).flatten(-2)
+            levels = levels + self.offsets[input][..., None]
+        found: Tensor = (levels * self.scale[input][..., None]).flatten(-2)
         return found if self.factor is None else found * self.factor
 
     def extra_repr(self) -> str:
@@ -247,18 +252,28 @@ class PackedRecurrent(nn.Module):
         self.batch_first, self.bidirectional = layer.batch_first, layer.bidirectional
         for name, weight in weights.items():
             setattr(self, name, weight)
-        for name, parameter in layer.named_parameters():
+        for name, parameter in layer.named_parameters(remove_duplicate=False):
             if name.startswith("bias"):
                 self.register_parameter(name, parameter)
 
-    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    def flatten_parameters(self) -> None:
+        """Nothing to do, for those who call it of any recurrent layer."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        x, state = input, hx
         if not isinstance(x, Tensor):
             raise TypeError("a packed recurrent layer takes padded tensors, no PackedSequence")
+        if x.dim() not in (2, 3):
+            raise ValueError(f"a packed recurrent layer takes inputs of 2 or 3 axes, not {list(x.shape)}")
         single = x.dim() == 2
         steps = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x
         ways = 2 if self.bidirectional else 1
         shape = (self.num_layers * ways, steps.shape[1], self.hidden_size)
         given = (state if self.gates == 4 else (state,)) if state is not None else ()
+        wanted = (shape[0], self.hidden_size) if single else shape
+        for part in given:
+            if part.shape != wanted:
+                raise ValueError(f"a packed recurrent layer takes states {list(wanted)}, not {list(part.shape)}")
         begun = [part.reshape(shape) for part in given] or [x.new_zeros(shape)] * (2 if self.gates == 4 else 1)
         ends: list[list[Tensor]] = []
         for layer in range(self.num_layers):
