@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import fresh_process
 from torch import nn
+from torch.autograd import forward_ad
 
 import tersenet as tn
 from tersenet import FormatError, native
@@ -338,6 +339,8 @@ def test_no_gradient_is_lost_in_silence(case):
     y = packed(images.requires_grad_(), ids)
     with pytest.raises(RuntimeError, match="autograd"):
         y.sum().backward()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no derivatives"):
+        packed.first(forward_ad.make_dual(torch.randn(2, 10), torch.randn(2, 10)))
 
 
 def test_files_of_other_networks_are_refused(case):

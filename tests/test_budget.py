@@ -10,6 +10,7 @@ from torch import nn
 import tersenet as tn
 from tersenet.artifact import Artifact, Tensor, load
 from tersenet.budget import PromiseBroken
+from tersenet.codecs import FormatError
 from tersenet.draft import Draft, precise
 from tersenet.promise import verify
 from tersenet.stages.prune import Prune
@@ -183,4 +184,7 @@ def test_a_file_that_claims_no_number_as_its_metric_is_no_promise_kept(tmp_path)
     task = tn.Task(nn.Linear(16, 4), test=(torch.randn(60, 16), torch.randint(0, 4, (60,))))
     Artifact(dict(Draft.of_model(task.model).tensors), meta={"metric": float("nan")}).save(tmp_path / "f.terse")
     with pytest.raises(PromiseBroken, match="the file says nan"):
+        verify(tmp_path / "f.terse", task=task)
+    Artifact(dict(Draft.of_model(task.model).tensors), meta={"metric": "good"}).save(tmp_path / "f.terse")
+    with pytest.raises(FormatError, match="the file's metric is no number: 'good'"):
         verify(tmp_path / "f.terse", task=task)

@@ -222,10 +222,11 @@ def test_without_torch_one_line_says_what_to_install(home):
 
 def test_names_in_a_file_cannot_write_lines_or_move_the_cursor(home, capsys):
     names = ["a\nterse: fine", "b\x1b[2J", "c\u202e", "d\0"]
-    Artifact({name: Tensor(floats(3)) for name in names}).save("odd.terse")
+    Artifact({name: Tensor(floats(3)) for name in names}, meta={"loss": [float("nan")]}).save("odd.terse")
     cli.main(["inspect", "odd.terse"])
     shown = capsys.readouterr().out
     assert all(word in shown for word in (r"a\nterse: fine", r"b\x1b[2J", r"c\u202e", r"d\x00"))
     assert all(char.isprintable() or char == "\n" for char in shown)
     cli.main(["inspect", "odd.terse", "--json"])
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)["tensors"]][:4] == names
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [row["name"] for row in told["tensors"]][:4] == names and told["meta"] == {"loss": [None]}

@@ -148,7 +148,7 @@ def inspect(
     if as_json:
         body = [row._asdict() | {"shape": list(row.shape), "bytes": row.total} for row in rows]
         whole = {"bytes": artifact.nbytes, "meta": artifact.meta, "tensors": body, "output_errors": outputs}
-        typer.echo(json.dumps(whole, indent=1))
+        typer.echo(json.dumps(_finite(whole), indent=1))
         return
     typer.echo(str(artifact))
     if outputs:
@@ -308,6 +308,15 @@ def doctor() -> None:
 
     for line in diagnosis():
         typer.echo(line)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for infinities and NaN, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _with_state(task: Any, checkpoint: Checkpoint, source: Path) -> None:

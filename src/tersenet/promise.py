@@ -249,6 +249,8 @@ def verify(
     if task is not None and task.test is not None:
         found["metric"] = _measured(artifact, task)
         claimed = artifact.meta.get("metric")
+        if not isinstance(claimed, int | float | None):
+            raise FormatError(f"the file's metric is no number: {claimed!r:.80}")
         if claimed is not None and not task.metric.gain(found["metric"], claimed) >= -1e-6:  # nor is it so for NaN
             raise PromiseBroken(f"the metric is {found['metric']:.4f}, the file says {claimed:.4f}")
     return found

@@ -10,7 +10,7 @@ import numpy as np
 
 from tersenet.packed.tree import Array, Packed, Tree, is_float_tree, is_shape, namespace, require, unpack
 
-WORK = 1 << 13  # products for each value of an einsum's result or factors, at most
+WORK = 1 << 13  # products of an einsum for each value of its result or its largest factor, at most
 WHOLE_BLOCK = 1 << 8  # values of a transformed block, up to which one matrix transforms it
 
 
@@ -59,8 +59,9 @@ class Factored(Packed):
         require(len(set(right)) == len(right) and set(right) <= set(extent), "the result's letters are known")
         require(math.prod(extent[c] for c in right) == math.prod(self.size), "the result fills the shape")
         held = max(1, math.prod(self.size), *(math.prod(factor.shape) for factor in self.factors))
-        for step in self._steps():
-            require(step.work <= WORK * held and step.size <= 8 * held, "the equation's products are not too many")
+        steps = self._steps()
+        few = sum(step.work for step in steps) <= WORK * held and all(step.size <= 8 * held for step in steps)
+        require(few, "the equation's products are not too many")
 
 
 class Contraction(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional
 
 from tersenet import cores
@@ -128,8 +129,13 @@ class PackedWeight(nn.Module):
 
 
 def by_operator(x: Tensor) -> bool:
-    """Whether a product goes through torch's dispatcher: where it is traced, or a gradient would be asked of it."""
+    """Whether a product goes through torch's dispatcher: where it is traced, or a gradient would be asked of it.
+
+    Raises RuntimeError for an input with a tangent, which would be lost.
+    """
     traced: bool = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if not traced and unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError("packed weights have no derivatives; differentiate what artifact.into(model) gives")
     return traced or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled())
 
 
