@@ -366,6 +366,7 @@ def test_layers_that_their_parent_reads_or_that_have_hooks_stay_as_they_are():
     packed, why = attached(model, artifact)
     assert {name for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)} == {"2"}
     assert "its parent reads its weight" in why["0.linear1"] and "hooks" in why["1"]
+    assert why["0.self_attn"] == "dense: MultiheadAttention is not executed"
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
         assert close(packed(x), dense(x)) and seen

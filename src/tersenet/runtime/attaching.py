@@ -30,6 +30,8 @@ def packed_layers(
     for name, layer in module.named_modules():
         make = MADE.get(type(layer))
         if make is None:
+            if any(parameter.dim() > 1 for parameter in layer.parameters(recurse=False)):
+                why[name] = f"dense: {type(layer).__name__} is not executed"
             continue
         parts = [part for part, _ in layer.named_parameters(recurse=False, remove_duplicate=False)]
         own = {part: tensors[f"{name}.{part}" if name else part] for part in parts}
