@@ -12,6 +12,7 @@ from table import ROOT
 PAPERS = {"lenet300": "27 kB, 40x", "lenet5": "44 kB, 39x"}  # what Deep Compression states
 BEGIN, END = "## What it reaches", "## Read on"
 WEIGHTS = {"lenet5": 431_080, "resnet20": 269_722, "mobilenetv2": 3_489_097, "minilm": 22_713_216}  # float32
+WAYS = ("attach", "into", "torch.load")  # to a network that answers
 
 
 def results(name: str) -> dict:
@@ -315,20 +316,38 @@ def device() -> Iterator[str]:
 
 def runtime() -> Iterator[str]:
     rows = [r for r in results("runtime")["rows"] if r.get("layer") == "4096 x 4096" and r["threads"] == 1]
-    whole = [
-        r["times_torch_median"] for r in results("runtime")["rows"] if r.get("layer") == "whole" and r["form"] == "ours"
-    ]
     yield paragraph(
         "**Products with packed weights** (`bench/runtime.py`): 4096 x 4096, one thread, from memory, the least",
         "of rounds in which all take turns, and times as fast as torch's float32. Sparse rows aim at 5.5 (90 %), 10",
-        "(95 %) and miss it here, and so does a batch of 32 at torch's 8 bits. The whole networks of the results are",
-        f"{min(whole)} to {max(whole)} times as fast as dense ones, by medians.",
+        "(95 %) and miss it here, and so does a batch of 32 at torch's 8 bits.",
     )
     yield "| form | batch 1, ms | times as fast | batch 32, ms | times as fast |"
     yield "|---|---|---|---|---|"
     for form in dict.fromkeys(r["form"] for r in rows):
         cells = [f"{r['least_ms']:.2f} | {r['times_torch']:.2f}" for r in rows if r["form"] == form]
         yield f"| {form} | {' | '.join(cells)} |"
+
+
+def attached() -> Iterator[str]:
+    rows = results("runtime")["rows"]
+    yield paragraph(
+        "**Networks that run from their file** (`bench/runtime.py`, part networks): `attach` against the dense network",
+        "of `into` and against `torch.load` of its float file, in a process that has the module already. Times of one",
+        "thread, medians; memory is by how much the process grows until the first answer.",
+    )
+    yield (
+        "| network | bytes | times as fast as dense, batch 1 | batch 32 | loaded, ms: attach, into, torch.load"
+        " | MB: attach, into, torch.load |"
+    )
+    yield "|---|---|---|---|---|---|"
+    for name in dict.fromkeys(r["network"] for r in rows if "network" in r):
+        own = [r for r in rows if r.get("network") == name]
+        ours = {r["batch"]: r for r in own if r.get("form") == "ours"}
+        ways = {r["way"]: r for r in own if "way" in r}
+        loaded = ", ".join(f"{ways[way]['load_ms']:.0f}" for way in WAYS)
+        held = ", ".join(f"{ways[way]['memory'] / 1e6:.0f}" for way in WAYS)
+        fast = " | ".join(f"{ours[batch]['times_torch_median']:.2f}" for batch in (1, 32))
+        yield f"| {name} | {ours[1]['bytes']:,} | {fast} | {loaded} | {held} |"
 
 
 def six_rows() -> Iterator[str]:
@@ -376,5 +395,5 @@ if __name__ == "__main__":
     held = "Whole-file bytes, accuracy of the reopened file on the test split; `bench/results` holds every row, with"
     head = ["# Results", paragraph(held, "settings and peers, and the commit that made it.")]
     tables = [*deep_compression(), *without_retraining(), *mixtures(), *sequences(), *ablation(), *pruning(), *codecs()]
-    tables += [*codes(), *traffic(), *updates(), *runtime(), *device()]
+    tables += [*codes(), *traffic(), *updates(), *runtime(), *attached(), *device()]
     (ROOT / "docs/results.md").write_text(joined([*head, *tables]))
