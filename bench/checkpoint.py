@@ -7,7 +7,6 @@ the default recipe without data, is measured on the first tensor. `read_bytes` c
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from table import write
 import tersenet as tn
 from tersenet.access import File
 from tersenet.artifact import Artifact, Coding
+from tersenet.journal import memory
 from tersenet.sources import read
 
 TENSORS, SHAPE, PART = 40, (2500, 3000), 1
@@ -134,7 +134,6 @@ if __name__ == "__main__":
         begun, used = time.perf_counter(), time.process_time()
         found = globals()[sys.argv[1]](Path(sys.argv[2])) or {}
         spent = {"seconds": round(time.perf_counter() - begun, 1), "cpu_seconds": round(time.process_time() - used, 1)}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        print(json.dumps(found | spent | {"peak_mb": peak}))
+        print(json.dumps(found | spent | {"peak_mb": round(memory() or 0)}))
     else:
         main()

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import queue
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from bombs import bombs
 from mutations import LIMIT, corpus, mutated, outcome
 
 from tersenet import FormatError, load, native
+from tersenet.journal import memory
 
 CASES, SANITIZED, SEED = 1_000_000, 200_000, 0
 SECONDS, ROOM = 2, 64 << 20
@@ -65,7 +65,7 @@ def worker(cases: range, found: "Queue[dict[str, int]]", current: "Synchronized[
 
 def peak() -> int:
     """The most memory that this process ever held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return round(1e6 * (memory() or 0))
 
 
 def kind(text: str) -> str:

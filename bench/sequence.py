@@ -17,7 +17,6 @@ float stays float32. Their levels are one stream of zstd -19, the rest is anothe
 import csv
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from scipy.stats import spearmanr
 from table import DATA, ROOT, put, real_data
 
 import tersenet as tn
+from tersenet.journal import memory
 from tersenet.stages.pack import Narrow
 from tersenet.stages.prune import Prune
 
@@ -275,7 +275,7 @@ def file(network: str, kind: str, size: int) -> dict:
     else:
         result = tn.compress({n: t.numpy() for n, t in task.model.state_dict().items()}, budget=budget)
     seconds = time.monotonic() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
+    peak = (memory() or 0) / 1e3
     before, after = result.before, result.after
     if before is None or after is None:
         before = task.score(task.test)

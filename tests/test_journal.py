@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import fresh_process
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
@@ -387,3 +388,9 @@ def test_the_cache_lies_where_the_user_has_a_home_and_never_where_the_process_st
     assert cache_folder() is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     assert cache_folder() == Path("/elsewhere/tersenet")
+
+
+def test_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    child = "from tersenet.journal import memory; print(memory())"
+    script = f"import subprocess as s, sys\nheld = bytes([1]) * (400 << 20)\ns.run([sys.executable, '-c', {child!r}])"
+    assert 5 < float(fresh_process(script)) < 200

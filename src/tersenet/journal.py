@@ -1,5 +1,6 @@
 """What a run did, row by row, in memory and in its folder, beside what is kept there until a stage is done."""
 
+import contextlib
 import filecmp
 import hashlib
 import json
@@ -134,6 +135,9 @@ def cache_folder() -> Path | None:
 
 def memory() -> float | None:
     """The most megabytes of memory that this process has held, where the system says."""
+    with contextlib.suppress(OSError, StopIteration):  # Linux, whose rusage begins at what the parent held
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(1.024e-3 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]), 1)
     try:
         import resource
     except ImportError:  # Windows
