@@ -101,6 +101,7 @@ WHOLE: dict[str, Callable[[], Iterator[str]]] = {
     "traffic": readme.traffic,
     "codecs": readme.codecs,
     "sequence": readme.sequences,
+    "attached": readme.attached,
 }
 # By results and the first pattern, where rows are not listed one by one.
 FORMS: dict[tuple[str, str], Callable[[list[Row]], Iterator[str]]] = {
@@ -111,11 +112,11 @@ FORMS: dict[tuple[str, str], Callable[[list[Row]], Iterator[str]]] = {
 
 def table(name: str, patterns: list[str]) -> str:
     """The Markdown of one table."""
+    if not patterns:
+        return "\n".join(WHOLE[name]()).strip()
     path = ROOT / "bench/results" / f"{name}.json"
     if not path.exists():
         return ABSENT
-    if not patterns:
-        return "\n".join(WHOLE[name]()).strip()
     rows = [
         row
         for row in json.loads(path.read_text())["rows"]
