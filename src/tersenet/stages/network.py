@@ -30,10 +30,8 @@ class Network:
 
     def __init__(self, draft: Draft, device: str = "cpu") -> None:
         self.before, self.device, self.leaves = draft, torch.device(device), list[torch.Tensor]()
-        model = draft.model
-        parameters = [] if model is None else model.named_parameters(remove_duplicate=False)
-        frozen = {name for name, parameter in parameters if not parameter.requires_grad}
-        free = {n: t for n, t in draft.tensors.items() if n in draft.trainable - frozen and t.note != FOLDED}
+        names = draft.trainable - draft.frozen()
+        free = {n: t for n, t in draft.tensors.items() if n in names and t.note != FOLDED}
         self.trees: dict[int, Tree] = {}
         self.held, self.leaf = once(self._held), once(self._leaf)
         with self._placed():
