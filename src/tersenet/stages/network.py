@@ -208,7 +208,8 @@ class Partly(Network):
             return super()._tree(tree)
         dense = np.asarray(unpack(tree))
         stays = free & support(tree)
-        return _Held(self._held("", stays), self._leaf("", dense[stays]), self._held("", dense), tree)
+        values = self._leaf("", dense[stays])
+        return _Held(self._held("", stays), values, self._held("", dense).to(values), tree)
 
     def _arrays(self, tree: Tree, read: Callable[[str, Array], Array]) -> Tree:
         return (
