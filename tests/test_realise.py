@@ -222,7 +222,9 @@ def test_transformers_of_torch_run_with_chains_in_evaluation_and_in_training(nes
     assert torch.allclose(small.train()(x), whole.train()(x), atol=1e-5)
     with torch.no_grad():
         small.layers[1].linear1[0].weight.mul_(2)
-    assert not np.array_equal(absorb(small, model, tensors)["layers.1.linear1.weight"].unpack(), tensors["layers.1.linear1.weight"].unpack())
+    assert not np.array_equal(
+        absorb(small, model, tensors)["layers.1.linear1.weight"].unpack(), tensors["layers.1.linear1.weight"].unpack()
+    )
 
 
 def test_factors_may_lie_under_slices():
