@@ -339,6 +339,13 @@ def test_absorbing_refuses_what_trees_cannot_hold():
             absorb(small, model, tensors)
     with pytest.raises(ValueError, match=r"0\.weight: is not as `realise` makes it"):
         absorb(seq(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)), model, tensors)
+    train = tensors | {"1.weight": Tensor(Factored("ij,kl->ikjl", (rng(2, 2), rng(2, 2)), (4, 4)))}
+    with pytest.warns(UserWarning, match="stay dense"):
+        small = realise(model, train)
+    with torch.no_grad():
+        small[1].weight += 1
+    with pytest.raises(ValueError, match=r"1\.weight: stays dense, and its factors cannot follow"):
+        absorb(small, model, train)
     tied = tensors | {"2.bias": tensors["1.bias"]}
     small = realise(model, tied)
     with torch.no_grad():

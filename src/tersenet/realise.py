@@ -282,6 +282,10 @@ def _refactored(name: str, tree: Tree, steps: Sequence[Step], weights: Mapping[i
 
 def _refilled(name: str, tree: Tree, dense: Array) -> Tree:
     """The tree with other values."""
+    if isinstance(unsliced(tree)[0], Factored):
+        raise ValueError(
+            f"{name}: stays dense, and its factors cannot follow what tuning moved; freeze it while tuning"
+        )
     if not is_plain(tree):
         raise ValueError(f"{name}: its values are quantized, but tuning moved them; absorb first, quantize afterwards")
     if isinstance(tree, Packed) and dense[~support(tree)].any():
