@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import floats
 from test_stages import make_task
+from torch import nn
 
 import tersenet as tn
 from tersenet.draft import Draft
@@ -92,3 +93,13 @@ def test_the_paper_of_learned_steps_meets_a_size_and_verifies(task, tmp_path):
     assert result.artifact.nbytes <= 15_000
     result.artifact.save(tmp_path / "w.terse")
     assert tn.verify(tmp_path / "w.terse", task=task)["metric"] == result.after
+
+
+def test_a_network_of_convolutions_alone_takes_fixed_point_with_as_many_bits_for_all(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    data = torch.randn(64, 3, 8, 8), torch.arange(64) % 4
+    with pytest.raises(ValueError, match="the rule 'kind:linear' decides about no weight"):
+        tn.compress(tn.Task(model, data), tn.papers.fixed_point(), folder=tmp_path)
+    tensors = tn.compress(tn.Task(model, data), tn.papers.fixed_point(6, 6), folder=tmp_path).artifact.tensors
+    assert all(np.abs(tensors[name].tree.q.astype(int)).max() in range(16, 33) for name in ("0.weight", "2.weight"))

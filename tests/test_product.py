@@ -1,5 +1,6 @@
 """Product quantization: nearest codewords, their metric, vectors in layers, error feedback, tuning by distillation."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -166,3 +167,11 @@ def test_the_paper_runs_and_distillation_brings_outputs_nearer_to_the_teachers(t
             found = result.artifact.into(tn.task.duplicate(task.model)).eval()(task.test[0])
             apart.append(float(tn.teacher.soft_targets(found, task.model.eval()(task.test[0]), 1.0)))
     assert apart[0] < 0.8 * apart[1]
+
+
+def test_the_paper_packs_frozen_layers_too_and_trains_the_others(task):
+    model = copy.deepcopy(task.model)
+    model.second.weight.requires_grad_(False)
+    recipe = tn.papers.bit_goes_down(4, epochs=1, final=1)
+    after = recipe[0](Draft.of_model(model), replace(task, model=model))
+    assert isinstance(after.tensors["second.weight"].tree, Codebook)

@@ -74,6 +74,13 @@ def test_what_does_not_belong_together_is_named(state, message):
         repacked({"a.index": np.array([0, 1]), "a.codewords": floats(3, 1)}, {"a.weight": (2, 3)})
 
 
+def test_codewords_in_double_precision_keep_it(tmp_path):
+    book, index = np.random.default_rng(0).normal(size=(5, 2)), np.arange(15).reshape(3, 5) % 5
+    repacked({"a.index": index, "a.codewords": book}).save(tmp_path / "a.terse")
+    found = tn.load(tmp_path / "a.terse").tensors["a.weight"]
+    assert found.dtype == "float64" and np.array_equal(found.unpack(), book[index].reshape(3, 10))
+
+
 def published_file(data):
     path = DATA / "models" / "deep_compression_squeezenet.net"
     if not path.exists():

@@ -11,6 +11,7 @@ from torch import nn
 import tersenet as tn
 from tersenet.artifact import Artifact, Tensor, load
 from tersenet.draft import Draft, artifact_of
+from tersenet.methods import factorize
 from tersenet.norms import FOLDED
 from tersenet.packed import Factored, Sparse, Uniform
 from tersenet.realise import absorb, realise
@@ -201,6 +202,31 @@ def test_factored_weights_become_chains_of_layers(case):
     assert isinstance(inside[0], nn.Sequential) and type(inside[0][0]) in (type(layer), nn.Embedding)
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_transformers_of_torch_run_with_chains_in_evaluation_and_in_training(nested):
+    """Their fast paths, which are taken without gradients alone, read the weights of the layers within."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+    tensors = {**Draft.of_model(model).tensors}
+    for name in ("layers.0.linear2.weight", "layers.1.linear1.weight"):
+        tensors[name] = replace(tensors[name], tree=factorize.SVD(4, weighted=False).pack(tensors[name].tree))
+    whole, small = Artifact(tensors).into(copy.deepcopy(model)).eval(), realise(model, tensors).eval()
+    assert type(small.layers[1].linear1) is nn.Sequential and count(small) < count(whole)
+    x, padded = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    with torch.no_grad():
+        for mask in (None, padded):
+            found, wanted = (m(x, src_key_padding_mask=mask) for m in (small, whole))
+            there = slice(None) if mask is None else ~mask
+            assert torch.allclose(found[there], wanted[there], atol=1e-5)
+    assert torch.allclose(small.train()(x), whole.train()(x), atol=1e-5)
+    with torch.no_grad():
+        small.layers[1].linear1[0].weight.mul_(2)
+    assert not np.array_equal(
+        absorb(small, model, tensors)["layers.1.linear1.weight"].unpack(), tensors["layers.1.linear1.weight"].unpack()
+    )
+
+
 def test_factors_may_lie_under_slices():
     torch.manual_seed(0)
     model = shaken(seq(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3)))
@@ -313,6 +339,13 @@ def test_absorbing_refuses_what_trees_cannot_hold():
             absorb(small, model, tensors)
     with pytest.raises(ValueError, match=r"0\.weight: is not as `realise` makes it"):
         absorb(seq(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)), model, tensors)
+    train = tensors | {"1.weight": Tensor(Factored("ij,kl->ikjl", (rng(2, 2), rng(2, 2)), (4, 4)))}
+    with pytest.warns(UserWarning, match="stay dense"):
+        small = realise(model, train)
+    with torch.no_grad():
+        small[1].weight += 1
+    with pytest.raises(ValueError, match=r"1\.weight: stays dense, and its factors cannot follow"):
+        absorb(small, model, train)
     tied = tensors | {"2.bias": tensors["1.bias"]}
     small = realise(model, tied)
     with torch.no_grad():

@@ -10,6 +10,8 @@ from tersenet.budget import UnmetBudget
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Transformed
 from tersenet.stages.channels import Channels
+from tersenet.stages.levels import SLQ
+from tersenet.stages.lowrank import ENC
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune
 from tersenet.strength import keeping, meeting, setting, stronger
@@ -102,6 +104,22 @@ def test_a_drop_is_kept_at_the_strongest_setting_found():
     assert 0.6 <= found == min(s for s in seen if s >= 0.6)
     found, seen = tried(5, (Uniform(8),), "bits")
     assert len(seen) == len(set(seen)) and found == min(b for b in seen if b >= 5)
+
+
+def test_settings_that_stages_do_not_take_end_no_search_for_a_drop():
+    """SLQ takes 3 bits and no fewer; parts of the MACs may be less than the least ranks need."""
+    assert keeping((SLQ(5),), lambda stages: (True, stages[0].bits)) == 3
+    seen = []
+
+    def run(stages):
+        if stages[0].macs < 0.3:
+            raise ValueError("cannot be met")
+        seen.append(stages[0].macs)
+        return True, stages[0].macs
+
+    assert 0.3 <= keeping((ENC(0.5),), run) == min(seen) < 0.4
+    with pytest.raises(ValueError, match="cannot be met"):
+        keeping((ENC(0.2),), run)
 
 
 def test_a_recipe_and_a_drop_end_in_a_smaller_file_than_the_recipe_alone(task, tmp_path):

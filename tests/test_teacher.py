@@ -11,8 +11,10 @@ from torch import nn
 import tersenet as tn
 from tersenet.draft import Draft, artifact_of
 from tersenet.key import key_of
+from tersenet.methods.kmeans import KMeans
 from tersenet.stages.finetune import Distill, Finetune
 from tersenet.stages.lsq import LSQ
+from tersenet.stages.pack import Pack
 from tersenet.stages.prune import Prune, Retrain
 from tersenet.teacher import soft_targets
 
@@ -210,3 +212,42 @@ def test_training_towards_features_ends_in_the_same_bytes_at_any_number_of_threa
     assert found[0] == found[1]
     other = replace(task, teacher=replace(task.teacher, weight=2.0))
     assert artifact_of(Finetune(2)(Draft.of_model(task.model), other)).to_bytes() != found[0]
+
+
+def test_a_teacher_of_numbers_or_of_yes_and_no_is_followed_as_such():
+    torch.manual_seed(0)
+    x, (one, other, model) = torch.randn(6, 3), (nn.Linear(3, 3) for _ in range(3))
+    teacher = tn.Teacher((one, other), temperature=2.0)
+    with torch.no_grad():
+        found, said = model(x), [one(x), other(x)]
+    ones = (said[0] / 2).sigmoid() / 2 + (said[1] / 2).sigmoid() / 2
+    for kind, expected in (
+        ("gaussian", F.mse_loss(found, (said[0] + said[1]) / 2)),
+        ("bernoulli", 4 * F.binary_cross_entropy((found / 2).sigmoid(), ones)),
+    ):
+        task = tn.Task(model, teacher=teacher, likelihood=kind)
+        assert task.loss_of(model, x, None).item() == pytest.approx(expected.item(), rel=1e-5)
+    single = nn.Linear(3, 1)
+    with pytest.raises(ValueError, match=r"along axis 1, which outputs \[6, 1\] have not: give Task\(likelihood"):
+        tn.Task(single, teacher=single).loss_of(single, x, None)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_distilling_brings_a_network_of_numbers_back_to_its_teachers(width):
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, width))
+    task = tn.Task(model, (x, x[:, :width] - 1), loss=lambda o, t: (o - t).square().mean())
+    task = replace(task, schedule=tn.Schedule(batch=16))
+    draft = Pack(KMeans(3))(Draft.of_model(model), task)
+    both = draft, Distill(20, lr=0.1)(draft, task)
+    lost = [float(F.mse_loss(d.module()(x), model(x))) for d in both]
+    assert lost[1] < 0.5 * lost[0]
+
+
+def test_distilling_refuses_classes_along_another_axis():
+    words = torch.randint(0, 9, (64, 5))
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
+    task = tn.Task(model, (words, words), loss=lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()))
+    with pytest.raises(ValueError, match="classes along axis 1 of the outputs, but they lie along axis 2"):
+        Distill(1)(Draft.of_model(model), task)

@@ -15,7 +15,10 @@ from tersenet.draft import Draft, artifact_of
 from tersenet.methods.kmeans import KMeans
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Sparse, unpack
+from tersenet.stages.dkm import DKM
 from tersenet.stages.finetune import Finetune, TrainLevels
+from tersenet.stages.levels import INQ, MLQ, SLQ
+from tersenet.stages.lsq import LSQ
 from tersenet.stages.obs import OBS
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune, Retrain, reinitialized, rewound
@@ -110,6 +113,21 @@ def test_every_network_prunes_shares_and_trains_in_its_own_type(name, dtype):
         assert {n: t.dtype for n, t in back.tensors.items()} == {n: t.dtype for n, t in draft.tensors.items()}
         assert {p.dtype for p in back.into(copy.deepcopy(task.model)).parameters()} == {dtype}
         assert all(np.isfinite(dense.astype(np.float64)).all() for dense in back.unpack().values())
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+@pytest.mark.parametrize("stage", [SLQ(4, 2), MLQ(2, 1), INQ(4), LSQ(3, epochs=1), DKM(KMeans(3), epochs=1)], ids=repr)
+def test_few_values_are_trained_in_every_type_and_end_as_those_that_were_measured(stage, dtype):
+    task = make("norms", dtype)
+    draft = Draft.of_model(task.model)
+    after = stage(draft, task)
+    back = load(artifact_of(after).to_bytes())
+    for name in draft.weights():
+        dense, before = (tensors[name].unpack().astype(np.float64) for tensors in (back.tensors, draft.tensors))
+        assert np.unique(dense).size <= 9 and np.array_equal(dense, after.tensors[name].unpack())
+        assert np.corrcoef(dense.ravel(), before.ravel())[0, 1] > 0.5  # each weight has a value near its own
+    assert back.tensors["conv.weight"].dtype == draft.tensors["conv.weight"].dtype
+    assert task.score(task.test, after.module()) > 0.5
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "transformer"])

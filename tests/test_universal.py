@@ -1,5 +1,8 @@
 """Dithered lattices for all layers together, and buckets shared by hashing."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +106,15 @@ def test_hashed_networks_learn_from_the_beginning_and_are_small(task, tmp_path):
     result.artifact.save(tmp_path / "w.terse")
     assert tn.verify(tmp_path / "w.terse", task=task)["metric"] == result.after > 0.6
     assert result.artifact.nbytes < 2 * 0.125 * 1.1 * Draft.of_model(task.model).count() + 1000
+
+
+def test_frozen_weights_are_not_hashed_since_nothing_would_train_them(task):
+    model = copy.deepcopy(task.model)
+    model.first.weight.requires_grad_(False)
+    own = replace(task, model=model)
+    after = Hash(0.125, (("first*", 0.5),), epochs=1)(Draft.of_model(model), own).tensors
+    assert np.array_equal(unpack(after["first.weight"].tree), model.first.weight.detach().numpy())
+    assert isinstance(after["last.weight"].tree, Hashed)
 
 
 def test_the_paper_of_universal_compression_meets_a_size(task, tmp_path):

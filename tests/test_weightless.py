@@ -100,6 +100,8 @@ def test_within_a_loss_cells_take_the_fewest_bits(task):
         sizes[within] = [t.tree.bits for t in after.tensors.values() if isinstance(t.tree, Bloomier)]
     assert set(sizes[None]) == {9} and set(sizes[1.0]) == {3}
     assert all(3 <= bits <= 9 for bits in sizes[0.0])
+    least = Weightless(2, 2, within=0.0, tune=0)(pruned, task)  # no fewer bits are there to be tried
+    assert [t.tree.bits for t in least.tensors.values() if isinstance(t.tree, Bloomier)] == [2] * len(sizes[None])
 
 
 def test_the_paper_meets_a_size_by_itself_and_its_file_verifies(task, tmp_path):

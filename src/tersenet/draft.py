@@ -96,6 +96,11 @@ class Draft:
                 names.append(name)
         return names
 
+    def frozen(self) -> set[str]:
+        """The names of parameters that are not to be trained: `requires_grad` is False."""
+        parameters = [] if self.model is None else self.model.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in parameters if not parameter.requires_grad}
+
     def count(self) -> int:
         """How many numbers the draft's tensors hold, tied ones once."""
         unique = {id(tensor): tensor for tensor in self.tensors.values()}

@@ -206,9 +206,11 @@ def dkm(bits: int = 4, vectors: bool = False, temperature: float = 0.1, epochs: 
 def fixed_point(bits: int = 8, dense: int = 5, width: int = 8) -> Recipe:
     """Dynamic fixed point (Gysel et al. 2018): weights, and what layers take and give, at steps of powers of two.
 
-    Weights of convolutions have `bits` bits, those of linear layers `dense`, activations `width`.
+    Weights of convolutions have `bits` bits, those of linear layers `dense`, activations `width`. A network without
+    linear layers takes `dense` as many as `bits`.
     """
-    return Pack(FixedPoint(bits), (("kind:linear", FixedPoint(dense)),)), Activations(width), Narrow()
+    rules = () if dense == bits else (("kind:linear", FixedPoint(dense)),)
+    return Pack(FixedPoint(bits), rules), Activations(width), Narrow()
 
 
 def low_precision(bits: int = 8, epochs: int | None = None, seed: int = 0) -> Recipe:

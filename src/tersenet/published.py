@@ -84,7 +84,8 @@ def repacked(state: Mapping[str, Any], shapes: Shapes | None = None) -> Artifact
         layer, _, part = name.rpartition(".")
         if part in INDEX and (other := next((c for c in CODEWORDS if f"{layer}.{c}" in left), None)):
             index, book = (_array(f"{layer}.{p}", left.pop(f"{layer}.{p}")) for p in (part, other))
-            made: tuple[Tree, str] = _shared(layer, index, book), "float32"
+            kind = "float64" if book.dtype == np.float64 else "float32"
+            made: tuple[Tree, str] = _shared(layer, index, book.astype(kind)), kind
         elif part == "qweight" and f"{layer}.scales" in left:
             made = _four_bits(
                 layer, {p: left.pop(f"{layer}.{p}", None) for p in ("qweight", "scales", "qzeros", "g_idx")}
@@ -111,7 +112,7 @@ def _array(name: str, value: Any) -> Array:
 
 def _shared(layer: str, index: Array, book: Array) -> Packed:
     """Codewords by number."""
-    book = book.astype(np.float32).reshape(len(book), -1) if book.ndim else book
+    book = book.reshape(len(book), -1) if book.ndim else book
     if index.dtype.kind not in "iu" or book.ndim != 2 or not index.ndim:
         raise ValueError(f"{layer}: an index of integers and codewords [k, d] are needed")
     if index.size and not 0 <= int(index.min()) <= int(index.max()) < len(book):

@@ -47,7 +47,8 @@ def realise(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the module with the tensors in it, its sliced layers smaller and its factored layers chains.
 
     It says what `Artifact.into` says, up to rounding, in torch's own layers. The module's code must not fix the numbers
-    of channels that are gone; tracing sees to that where stages take them out. Warns, naming each, where a sliced or
+    of channels that are gone; tracing sees to that where stages take them out. Transformers of torch whose layers are
+    chains no longer take its fast paths, which leave padded places at zero. Warns, naming each, where a sliced or
     factored weight stays dense; raises ValueError where the tensors of a layer do not fit each other.
     """
     model, plan = Artifact(dict(tensors)).into(duplicate(module)), _plan(module, tensors)
@@ -65,7 +66,20 @@ def realise(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
                 return made
             above, _, own = name.rpartition(".")
             setattr(model.get_submodule(above), own, made)
+    _slowed(model)
     return model  # type: ignore[no-any-return]
+
+
+def _slowed(model: nn.Module) -> None:
+    """Keep transformers of torch off their fast paths, which read the weight of a layer, where it is a chain."""
+    chains = set[nn.Module]()
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and nn.Sequential in map(type, (layer.linear1, layer.linear2)):
+            layer.activation_relu_or_gelu = 0
+            chains.add(layer)
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoder) and not chains.isdisjoint(layer.layers):
+            layer.use_nested_tensor = False
 
 
 def absorb(small: nn.Module, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,6 +282,10 @@ def _refactored(name: str, tree: Tree, steps: Sequence[Step], weights: Mapping[i
 
 def _refilled(name: str, tree: Tree, dense: Array) -> Tree:
     """The tree with other values."""
+    if isinstance(unsliced(tree)[0], Factored):
+        raise ValueError(
+            f"{name}: stays dense, and its factors cannot follow what tuning moved; freeze it while tuning"
+        )
     if not is_plain(tree):
         raise ValueError(f"{name}: its values are quantized, but tuning moved them; absorb first, quantize afterwards")
     if isinstance(tree, Packed) and dense[~support(tree)].any():

@@ -121,23 +121,31 @@ def meeting(
 def keeping(recipe: Recipe, run: Callable[[Recipe], tuple[bool, Found]]) -> Found:
     """What `run` gives for the recipe at the strongest setting found that keeps a drop, or at the weakest tried.
 
-    `run` tells whether a recipe's network keeps the drop, and what it is. The recipe itself comes first.
+    `run` tells whether a recipe's network keeps the drop, and what it is. The recipe itself comes first; settings that
+    its stages do not take count as none that keep it.
     """
     name, at = setting(recipe), 1.0
-    kept, lost, tried = dict[float, Found](), dict[float, Found](), list[Recipe]()
+    kept, lost, refused, tried = dict[float, Found](), dict[float, Found](), list[float](), list[Recipe]()
     for _ in progress(range(RUNS), f"tries of the {name}", RUNS):
-        stages = stronger(recipe, at, name)
-        if stages in tried:  # bits are whole numbers
-            break
-        tried.append(stages)
-        keeps, found = run(stages)
-        (kept if keeps else lost)[at] = found
-        if keeps:
-            best_so_far(-at, f"{name} {numbers(stages, name)[-1]:.4g}")
-        if kept and lost:
-            at = math.sqrt(max(kept) * min(lost))
+        try:
+            stages = stronger(recipe, at, name)
+            if stages in tried:  # bits are whole numbers
+                break
+            keeps, found = run(stages)
+        except ValueError:
+            if not tried:
+                raise
+            refused.append(at)
         else:
-            at = max(kept) * STRONGER if kept else min(lost) / STRONGER
+            tried.append(stages)
+            (kept if keeps else lost)[at] = found
+            if keeps:
+                best_so_far(-at, f"{name} {numbers(stages, name)[-1]:.4g}")
+        worse = min([*lost, *refused], default=math.inf)
+        if kept and worse < math.inf:
+            at = math.sqrt(max(kept) * worse)
+        else:
+            at = max(kept) * STRONGER if kept else worse / STRONGER
     return kept[max(kept)] if kept else lost[min(lost)]
 
 

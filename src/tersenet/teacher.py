@@ -35,7 +35,9 @@ class Teacher:
     `mix` is the part of the soft targets in what is lowered, the rest is the task's own loss; an ensemble says the mean
     of its networks' softened distributions. `features`, {student's layer: teacher's layer} or the names that both have,
     adds `weight` times the mean squared error between the two layers' outputs (Romero et al. 2015), summed over the
-    layers. Positions whose target is -100, which `F.cross_entropy` passes over, have no soft targets.
+    layers. Positions whose target is -100, which `F.cross_entropy` passes over, have no soft targets. Classes lie along
+    axis 1. Where the task's `likelihood` says "bernoulli" each output is softened by itself, and where it says
+    "gaussian" the mean squared error from the teacher's outputs is lowered, of a mean over networks.
     """
 
     models: tuple[nn.Module, ...]
@@ -64,14 +66,25 @@ class Teacher:
             with torch.no_grad(), _evaluating(teacher.to(task.device)), _heard(teacher, names, "teacher") as goal:
                 wanted.append(task.outputs(teacher, inputs))
             goals.append(goal)
-        loss: Tensor = self._soft(outputs, wanted, targets) if self.mix else task.loss(outputs, targets)
+        soft = self._soft(outputs, wanted, targets, task.likelihood) if self.mix else None
+        loss: Tensor = task.loss(outputs, targets) if soft is None else soft
         if 0 < self.mix < 1:
             loss = self.mix * loss + (1 - self.mix) * task.loss(outputs, targets)
         for goal in goals if self.features else ():
             loss = loss + self.weight / len(goals) * self._apart(own, goal)
         return loss
 
-    def _soft(self, outputs: Tensor, wanted: list[Tensor], targets: Any) -> Tensor:
+    def _soft(self, outputs: Tensor, wanted: list[Tensor], targets: Any, likelihood: str | None) -> Tensor:
+        if likelihood == "gaussian":
+            return F.mse_loss(outputs, torch.stack(wanted).mean(0).to(outputs.dtype))
+        if likelihood == "bernoulli":
+            ones = torch.stack([(z / self.temperature).sigmoid() for z in wanted]).mean(0).to(outputs.dtype)
+            return self.temperature**2 * F.binary_cross_entropy_with_logits(outputs / self.temperature, ones)
+        if outputs.dim() < 2 or outputs.shape[1] < 2:
+            raise ValueError(
+                f"soft targets are of two classes or more along axis 1, which outputs {list(outputs.shape)} have not: "
+                "give Task(likelihood='gaussian') or 'bernoulli'"
+            )
         said = wanted[0]
         if len(wanted) > 1:
             logs = torch.stack([z / self.temperature for z in wanted]).log_softmax(2)

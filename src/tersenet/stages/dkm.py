@@ -85,7 +85,8 @@ class _Attending(Network):
         if values is None:
             return super()._tree(tree)
         assert isinstance(tree, Codebook)
-        weight, codewords = self._leaf("", values), self._held("", np.asarray(tree.codewords, np.float32))
+        weight = self._leaf("", values)
+        codewords = self._held("", tree.codewords).to(weight)
         apart = _apart(tree)
         node = _Attended(weight, codewords, self.stage.temperature * apart, RESTS * apart**0.5, self.stage.steps)
         self.codewords.append(node.codewords)
@@ -100,7 +101,8 @@ class _Attending(Network):
         with torch.no_grad():
             shares, codewords = tree.settled()
             index = read("", shares.argmax(-1)).reshape(*tree.shape[:-1], -1)
-        return Codebook(narrowed(index), np.ascontiguousarray(read("", codewords).reshape(tree.codewords.shape)))
+        book = np.ascontiguousarray(read("", codewords).reshape(tree.codewords.shape), np.float32)
+        return Codebook(narrowed(index), book)
 
 
 @dataclass(frozen=True, eq=False)

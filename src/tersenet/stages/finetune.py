@@ -21,6 +21,7 @@ from tersenet.contract import DATA, Kind, check
 from tersenet.data import Stream, split_of
 from tersenet.display import progress
 from tersenet.draft import Draft
+from tersenet.likelihood import Likelihood
 from tersenet.norms import folded_norms
 from tersenet.packed import Uniform
 from tersenet.stages.network import Levels, Network, Partly, Shared
@@ -150,6 +151,7 @@ class Finetune:
 class Distill:
     """Train what the trees leave free towards the task's teacher or, where it has none, the network before compression.
 
+    Of classes, which lie along axis 1, it learns the distribution, of yes or no the probability, else the outputs.
     The temperature and mix are these, whatever the teacher's own; features and the rest are the teacher's.
     The gradient of a codeword is the mean of its members', so that a rate serves clusters of any size.
     """
@@ -168,8 +170,14 @@ class Distill:
 
     def tuned(self, draft: Draft, task: Task, label: str) -> Draft:
         """The draft with what is trainable of it trained."""
-        teacher = task.teacher or Teacher((duplicate(task.model).eval(),))
-        taught = replace(task, teacher=replace(teacher, temperature=self.temperature, mix=self.mix))
+        teacher, likelihood = task.teacher or Teacher((duplicate(task.model).eval(),)), Likelihood.of(task)
+        if likelihood.kind == "classes" and likelihood.axis != 1:
+            raise ValueError(
+                f"distilling needs classes along axis 1 of the outputs, but they lie along axis {likelihood.axis}: "
+                "give Task(forward=...) that moves them, with a loss and a metric for that"
+            )
+        kind = "gaussian" if likelihood.probabilities else likelihood.kind
+        taught = replace(task, teacher=replace(teacher, temperature=self.temperature, mix=self.mix), likelihood=kind)
         schedule = replace(task.schedule, epochs=max(self.epochs, 1), lr=self.lr, drops=(0.5,), weight_decay=0.0)
         return tune(draft, taught, schedule, range(self.epochs), self.seed, label, mean=True)
 

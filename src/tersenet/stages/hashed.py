@@ -21,7 +21,8 @@ class Hash:
     """Give each weight a bucket of its layer and a sign by hashing, `density` buckets a weight, and train these.
 
     Buckets begin at random, as large as the layer's weights are, and are trained by the task's own schedule; a rule
-    says another density, or None for a weight that stays as it is. A bucket's gradient is the sum over its places.
+    says another density, or None for a weight that stays as it is, as frozen ones do. A bucket's gradient is the sum
+    over its places.
     """
 
     density: float = 0.125
@@ -40,11 +41,11 @@ class Hash:
     def __call__(self, draft: Draft, task: Task | None) -> Draft:
         check([self], draft, task)
         assert task is not None
-        densities = dict.fromkeys(draft.weights(), self.density)
+        densities, frozen = dict.fromkeys(draft.weights(), self.density), draft.frozen()
         told = {**densities, **{name: density for name, (_, density) in chosen(draft, self.rules).items()}}
         trees = {}
         for k, (name, density) in enumerate(told.items()):
-            if density is None:
+            if density is None or name in frozen:
                 continue
             w = np.asarray(unpack(draft.tensors[name].tree))
             draw = np.random.Generator(np.random.PCG64([self.seed, k]))

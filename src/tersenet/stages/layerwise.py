@@ -61,14 +61,14 @@ class Layerwise:
         check([self], draft, task)
         assert task is not None
         choices, original = methods_of(draft, self.method, self.rules), draft.module()
-        names = in_order(draft, task)
+        names, frozen = in_order(draft, task), draft.frozen()
         for k, name in enumerate(progress(names, "layer by layer", len(names))):
             if k and not self.tune and choices[name][1] is not None:
                 draft = fitted(draft, original, task, name, self.samples)
             draft = repacked(draft, task, {name: choices[name]}, self.samples, self.seed)
             if self.tune and k + 1 < len(names):
                 draft = self._tuned(draft, task, name)
-            if self.distill is not None and choices[name][1] is not None:
+            if self.distill is not None and choices[name][1] is not None and name not in frozen:
                 draft = self._distilled(draft, task, name, self.distill)
         vectors = {name: choice for name, choice in choices.items() if name not in names}
         return repacked(draft, task, vectors, self.samples, self.seed)

@@ -239,20 +239,18 @@ class _Layer:
 
     def packed(self, draft: Draft, name: str) -> Tree:
         """The weight's tree with shared values."""
-        codewords = np.unique(self.values.astype(np.float32))
-        tree = refilled(draft.tensors[name].tree, _dense(draft, name, self.values))
-        return repack(tree, _Given(codewords))
+        return repack(refilled(draft.tensors[name].tree, _dense(draft, name, self.values)), _Given())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Given:
     """Values that are codewords, as numbers of these."""
 
-    codewords: Array
     needs: ClassVar[tuple[str, ...]] = ()
 
     def pack(self, w: Array, stats: Mapping[str, Array] | None = None) -> Packed:
-        return Codebook(narrowed(np.searchsorted(self.codewords, w)), self.codewords[:, None])
+        codewords, index = np.unique(np.asarray(w, np.float32), return_inverse=True)
+        return Codebook(narrowed(index.reshape(w.shape)), codewords[:, None])
 
 
 def _clustered(values: Array, start: Array, zero: float | None) -> Array:

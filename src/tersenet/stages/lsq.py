@@ -90,7 +90,7 @@ class _Learned(Packed):
 
     def levels(self, step: torch.Tensor | None = None) -> torch.Tensor:
         step = self.step.abs() if step is None else step
-        inside = (self.weight / step.clamp(min=1e-12)).clamp(-self.last - 1, self.last)
+        inside = (self.weight / step.clamp(min=1e-30)).clamp(-self.last - 1, self.last)
         return (inside + (inside.round() - inside).detach()) * self.mask
 
     def unpack(self) -> torch.Tensor:

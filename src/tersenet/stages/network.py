@@ -30,10 +30,8 @@ class Network:
 
     def __init__(self, draft: Draft, device: str = "cpu") -> None:
         self.before, self.device, self.leaves = draft, torch.device(device), list[torch.Tensor]()
-        model = draft.model
-        parameters = [] if model is None else model.named_parameters(remove_duplicate=False)
-        frozen = {name for name, parameter in parameters if not parameter.requires_grad}
-        free = {n: t for n, t in draft.tensors.items() if n in draft.trainable - frozen and t.note != FOLDED}
+        names = draft.trainable - draft.frozen()
+        free = {n: t for n, t in draft.tensors.items() if n in names and t.note != FOLDED}
         self.trees: dict[int, Tree] = {}
         self.held, self.leaf = once(self._held), once(self._leaf)
         with self._placed():
@@ -210,7 +208,8 @@ class Partly(Network):
             return super()._tree(tree)
         dense = np.asarray(unpack(tree))
         stays = free & support(tree)
-        return _Held(self._held("", stays), self._leaf("", dense[stays]), self._held("", dense), tree)
+        values = self._leaf("", dense[stays])
+        return _Held(self._held("", stays), values, self._held("", dense).to(values), tree)
 
     def _arrays(self, tree: Tree, read: Callable[[str, Array], Array]) -> Tree:
         return (

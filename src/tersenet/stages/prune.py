@@ -190,8 +190,7 @@ def reinitialized(draft: Draft, seed: int) -> Draft:
     """The draft with fresh random weights under its masks, by the layers' own `reset_parameters`; frozen ones stay."""
     if draft.model is None:
         raise ValueError("a random initialisation needs the network's layers, but only arrays were given")
-    model = duplicate(draft.model)
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    model, frozen = duplicate(draft.model), draft.frozen()
     with seeded(seed):
         for layer in model.modules():
             if callable(reset := getattr(layer, "reset_parameters", None)):

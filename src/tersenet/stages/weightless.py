@@ -59,7 +59,7 @@ class Weightless:
         for name in progress(names, "Bloomier filters", len(names)):
             most = sizes[name]
             assert most is not None
-            tried = range(most if self.within is None else self.bits + 1, most + 1)
+            tried = range(most if self.within is None else min(self.bits + 1, most), most + 1)
             for cells in tried:
                 after = self._encoded(draft, task, name, cells)
                 if cells == most or task.metric.gain(task.score(task.held(), after.module()), 0.0) >= floor:
