@@ -34,7 +34,7 @@ MAY = {
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores bloomier"
               " splitmix chains teacher activations display",
-    "papers": "stages methods allocators run budget", "strength": "display allocators artifact budget run",
+    "papers": "stages methods allocators run budget where", "strength": "display allocators artifact budget run",
     "promise": "activations artifact budget calibrate contract draft folding journal likelihood methods packed papers"
                " run stages strength task where display",
     "recipe_file": "papers stages methods allocators run where",

@@ -291,3 +291,15 @@ def test_vectors_are_narrowed_only_where_every_value_keeps_its_precision():
     half, brain = (Narrow(kind)(draft, None).tensors for kind in ("float16", "bfloat16"))
     assert np.array_equal(half["gain"].tree, values["gain"]) and half["bias"].tree[1] == np.float16(0.1)
     assert 0 < abs(brain["gain"].tree[1] / 1e-9 - 1) < 2**-8
+
+
+def test_learned_steps_round_frozen_weights_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3))
+    model[0].weight.requires_grad_(False)
+    task = tn.Task(model, (torch.randn(64, 6), torch.arange(64) % 3))
+    after = LSQ(bits=3, epochs=1)(Draft.of_model(model), task)
+    levels = after.tensors["0.weight"].tree
+    assert -4 <= levels.q.min() and levels.q.max() <= 3
+    w, near = model[0].weight.numpy(), levels.unpack()
+    assert len(np.unique(near)) > 5 and np.square(near - w).mean() < 0.05 * np.square(w).mean()

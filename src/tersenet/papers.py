@@ -33,6 +33,7 @@ from tersenet.stages.recalibrate import Recalibrate
 from tersenet.stages.universal import Universal
 from tersenet.stages.waterfill import Waterfill
 from tersenet.stages.weightless import Weightless
+from tersenet.where import Where
 
 
 def output_aware(budget: Budget | None = None, samples: int = 1024) -> Recipe:
@@ -206,11 +207,9 @@ def dkm(bits: int = 4, vectors: bool = False, temperature: float = 0.1, epochs: 
 def fixed_point(bits: int = 8, dense: int = 5, width: int = 8) -> Recipe:
     """Dynamic fixed point (Gysel et al. 2018): weights, and what layers take and give, at steps of powers of two.
 
-    Weights of convolutions have `bits` bits, those of linear layers `dense`, activations `width`. A network without
-    linear layers takes `dense` as many as `bits`.
+    Weights of linear layers have `dense` bits, all others `bits`, activations `width`.
     """
-    rules = () if dense == bits else (("kind:linear", FixedPoint(dense)),)
-    return Pack(FixedPoint(bits), rules), Activations(width), Narrow()
+    return Pack(FixedPoint(bits), ((Where(kind="linear", idle=True), FixedPoint(dense)),)), Activations(width), Narrow()
 
 
 def low_precision(bits: int = 8, epochs: int | None = None, seed: int = 0) -> Recipe:

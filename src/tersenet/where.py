@@ -40,6 +40,8 @@ SHOWN = 20  # names in an error
 class Where:
     """Weights by patterns of their names and of the kinds of their layers, and by their least number of values.
 
+    One that may be `idle` is no error where it decides about no weight, as in a recipe that fits many networks.
+
     >>> str(Where("conv*", least=1000)), str(Where(kind="embedding"))
     ('conv* least:1000', 'kind:embedding')
     """
@@ -47,6 +49,7 @@ class Where:
     name: str = "*"
     kind: str = "*"
     least: int = 0
+    idle: bool = False
 
     def __post_init__(self) -> None:
         if not any(fnmatchcase(kind, self.kind) for kind in KINDS):
@@ -59,7 +62,7 @@ class Where:
         Raises ValueError for an empty text, for two patterns, and for a `least` that is no number.
 
         >>> Where.of("kind:conv*")
-        Where(name='*', kind='conv*', least=0)
+        Where(name='*', kind='conv*', least=0, idle=False)
         """
         kind, least, names = "*", "0", list[str]()
         for part in text.split():
@@ -141,7 +144,7 @@ def _chosen(
                 found[name] = str(wheres[k]), rules[k][1]
                 used.add(k)
                 break
-    if idle := [str(where) for k, where in enumerate(wheres) if k not in used]:
+    if idle := [str(where) for k, where in enumerate(wheres) if k not in used and not where.idle]:
         there = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         raise ValueError(f"the rule {idle[0]!r} decides about no weight; there are {there or 'none left'}")
     return found

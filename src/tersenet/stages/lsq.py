@@ -21,12 +21,14 @@ from tersenet.structure import is_plain, refilled, support
 from tersenet.task import Task
 from tersenet.where import Where, chosen
 
+STEPS = 64  # that are tried for a frozen weight, from a tenth of the largest that makes sense
+
 
 @dataclass(frozen=True)
 class LSQ:
     """Train all plain weights at `bits` bits (2 gives -2 to 1), each with one step; rules give other bits, or None.
 
-    At the task's own schedule, its rate a tenth. Zeros of pruned weights stay zero.
+    At the task's own schedule, its rate a tenth. Zeros of pruned weights stay zero; frozen weights are rounded before.
     """
 
     bits: int = 4
@@ -46,6 +48,9 @@ class LSQ:
         assert task is not None
         told = dict.fromkeys(draft.weights(), self.bits) | {n: b for n, (_, b) in chosen(draft, self.rules).items()}
         bits = {n: b for n, b in told.items() if b is not None and is_plain(draft.tensors[n].tree)}
+        frozen = bits.keys() & draft.frozen()
+        draft = draft.with_trees({n: repack(draft.tensors[n].tree, _Rounded(bits[n])) for n in sorted(frozen)})
+        bits = {n: b for n, b in bits.items() if n not in frozen}
         schedule = replace(task.schedule, lr=task.schedule.lr / 10, epochs=max(self.epochs, 1))
         network = _Stepping(draft, task.device, bits)
         return trained(network, task, schedule, range(self.epochs), self.seed, "training at few bits")
@@ -103,6 +108,23 @@ class _Learned(Packed):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """Values at the nearest levels, by the step that loses least of STEPS."""
+
+    bits: int
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def pack(self, w: Array, stats: dict[str, Any] | None = None) -> Packed:
+        w, last = np.asarray(w, np.float32), 2 ** (self.bits - 1) - 1
+        best = np.inf, np.zeros(w.shape, np.float32), np.float32(1)
+        for part in np.linspace(0.1, 1, STEPS):
+            step = np.float32(part * np.abs(w).max() / last) or np.float32(1)
+            q = np.rint(np.clip(w / step, -last - 1, last))
+            best = min(best, (float(np.square(w - q * step).sum()), q, step), key=lambda found: found[0])
+        return Uniform(narrowed(best[1].astype(np.int32)), np.asarray(best[2]))
 
 
 @dataclass(frozen=True, eq=False)
