@@ -10,7 +10,7 @@ from tersenet.budget import UnmetBudget
 from tersenet.methods.uniform import Uniform
 from tersenet.packed import Codebook, Transformed
 from tersenet.stages.channels import Channels
-from tersenet.stages.levels import SLQ
+from tersenet.stages.levels import MLQ, SLQ
 from tersenet.stages.lowrank import ENC
 from tersenet.stages.pack import Narrow, Pack
 from tersenet.stages.prune import Prune
@@ -138,3 +138,21 @@ def test_transform_coding_clusters_biases_and_searches_its_bits_for_a_drop(task,
     assert isinstance(trees["2.bias"], Codebook) and len(trees["2.bias"].codewords) == 4
     levels = max(int(np.abs(trees[n].coefficients.q.astype(int)).max()) for n in ("0.weight", "2.weight"))
     assert levels < 127  # fewer than the 8 bits that the recipe begins with
+
+
+def test_a_recipe_whose_size_no_setting_decides_is_held_to_a_size_as_it_is(task, tmp_path):
+    recipe = (MLQ(1, epochs=1), Narrow())
+    whole = tn.compress(task, recipe, folder=tmp_path).artifact
+    held = tn.compress(task, recipe, tn.Budget(size=whole.nbytes + 40), folder=tmp_path).artifact
+    assert held.nbytes == whole.nbytes
+    trained = []
+
+    def run(stages):
+        trained.append(stages)
+        return 1000, stages
+
+    assert meeting(recipe, 1000, run, lambda stages: 1001) == recipe == trained.pop()
+    for most, quick in ((999, 990), (100, 1000)):
+        with pytest.raises(UnmetBudget, match=r"of this recipe \(MLQ, Narrow\), of which no setting decides the size"):
+            meeting(recipe, most, run, lambda stages, quick=quick: quick)
+    assert trained == [recipe]  # what is far too large without training is not trained

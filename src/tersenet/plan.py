@@ -13,7 +13,7 @@ from tersenet.methods import Method
 from tersenet.packed import Array
 from tersenet.promise import prepared
 from tersenet.run import Recipe, Stage
-from tersenet.strength import numbers, setting, with_budget
+from tersenet.strength import numbers, with_budget
 from tersenet.task import Task
 from tersenet.where import Where, chosen, chosen_with_vectors, kinds
 
@@ -92,10 +92,7 @@ def plan(
     draft, recipe, budget = prepared(source, recipe, budget, keep=keep, rules=rules)
     most = None if budget is None else budget.bytes_for(draft.count())
     if budget is not None:
-        budgeted = with_budget(recipe, budget, None)
-        if budgeted is None and most is not None:
-            setting(recipe)
-        recipe = budgeted or recipe
+        recipe = with_budget(recipe, budget, None) or recipe
     check(recipe, draft, source if isinstance(source, Task) else None)
     lines = _begun(draft)
     for number, stage in enumerate(recipe):

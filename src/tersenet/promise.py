@@ -68,8 +68,6 @@ def compress(
     inner = budget if most is None else Budget(size=max(1, most - extra))  # the notes' bytes are the file's too
     budgeted = None if inner is None else with_budget(recipe, inner, coding)
     check(recipe, draft, task)
-    if budgeted is None and most is not None:
-        setting(recipe)  # one that decides no size says so before any work
     if budgeted is None and budget is not None and budget.drop is not None and (task is None or task.test is None):
         raise ValueError("a drop needs a task with test data to measure it on: give Task(test=...)")
     before = task.score(task.test) if task and task.test is not None else None

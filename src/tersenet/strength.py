@@ -19,6 +19,7 @@ SETTINGS = ("density", "macs", "part", "scale", "bits")  # the first that a reci
 # What makes a run a quick one.
 UNTRAINED = {"epochs": 0, "final": 0, "tune": 0, "episodes": 1, "candidates": 1, "retrain": "none"}
 RUNS, USED = 4, 0.97  # of the whole recipe at most, and the part of the budget from which on a file is good enough
+NEAR = 1.1  # times the budget that a file without training may take, so that one with training is tried
 STRONGER = 1.5  # from one power to the next, as long as all tried keep a drop, or none does
 Found = TypeVar("Found")
 
@@ -35,12 +36,15 @@ def with_budget(recipe: Recipe, budget: Budget, coding: Coding | None) -> Recipe
 def setting(recipe: Recipe) -> str:
     """The name of the setting that decides a recipe's size; raises ValueError where it has none."""
     if not has_setting(recipe):
-        stages = ", ".join(type(stage).__name__ for stage in recipe)
         raise ValueError(
-            f"no setting of this recipe ({stages}) decides its size: give it a density, bits, or a Waterfill stage"
-            " without a step or a budget of its own"
+            f"no setting of this recipe ({_named(recipe)}) decides its size: give it a density, bits, or a Waterfill"
+            " stage without a step or a budget of its own"
         )
     return next(name for name in SETTINGS if any(numbers(stage, name) for stage in _free(recipe)))
+
+
+def _named(recipe: Recipe) -> str:
+    return ", ".join(type(stage).__name__ for stage in recipe)
 
 
 def has_setting(recipe: Recipe) -> bool:
@@ -76,8 +80,11 @@ def meeting(
     """What `run` gives for the recipe at the weakest setting found whose file keeps to `most` bytes.
 
     `run` gives a file's bytes and what it is; `size_of` the bytes of a recipe's file alone, of recipes without their
-    training, on which the setting is sought first. Raises UnmetBudget where no setting keeps the size.
+    training, on which the setting is sought first. A recipe of which no setting decides the size is run as it is.
+    Raises UnmetBudget where no setting keeps the size.
     """
+    if not has_setting(recipe):
+        return _as_it_is(recipe, most, run, size_of)
     name, aim, start = setting(recipe), float(most), 1.0
     best: tuple[int, Found] | None = None
     least = None
@@ -116,6 +123,17 @@ def meeting(
     if best is None:
         raise UnmetBudget(most, least or 0, f" of the recipe's {name}")
     return best[1]
+
+
+def _as_it_is(
+    recipe: Recipe, most: int, run: Callable[[Recipe], tuple[int, Found]], size_of: Callable[[Recipe], int]
+) -> Found:
+    least = size_of(untrained(recipe))
+    if least <= NEAR * most:
+        least, found = run(recipe)
+        if least <= most:
+            return found
+    raise UnmetBudget(most, least, f" of this recipe ({_named(recipe)}), of which no setting decides the size")
 
 
 def keeping(recipe: Recipe, run: Callable[[Recipe], tuple[bool, Found]]) -> Found:
