@@ -481,8 +481,10 @@ def test_the_command_writes_pages_and_says_in_one_line_what_is_wrong(home):  # n
     terse("compare", home / "a.terse", home / "b.terse", "-o", home / "both.html")
     assert "a.terse, b.terse" in (home / "both.html").read_text("utf-8")
     (home / "bad.terse").write_bytes((home / "a.terse").read_bytes()[:-3])
-    for command, source in (("report", "bad.terse"), ("compare", "bad.terse"), ("report", "none"), ("report", ".")):
-        error = terse(command, home / source, "-o", home / "x.html", code=2)
+    for command, *others, source in (
+        ("report", "bad.terse"), ("compare", "a.terse", "bad.terse"), ("report", "none"), ("report", "."),
+    ):  # fmt: skip
+        error = terse(command, *(home / name for name in (*others, source)), "-o", home / "x.html", code=2)
         assert error.startswith("terse: ") and error.count("\n") == 1 and source.strip(".") in error
     assert not (home / "x.html").exists()
     assert "is what is read" in terse("report", home / "a.terse", "-o", home / "a.terse", code=2)
