@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
     """Tests that took long where all were timed are marked `slow`; `make quick` leaves them out."""
     slow = set(Path(__file__).with_name("slow.txt").read_text().split())
     for item in items:
-        if item.nodeid.partition("[")[0] in slow:
+        if slow & {item.nodeid, item.nodeid.partition("[")[0]}:
             item.add_marker("slow")
 
 
