@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from table import ROOT, real_data, write
+from table import earlier, real_data, write
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -198,8 +198,7 @@ def place(row):
 
 
 def main():
-    kept = ROOT / "bench" / "results" / "traffic.json"
-    rows, apart = json.loads(kept.read_text())["rows"] if kept.exists() else [], permitted()
+    rows, apart = earlier("traffic"), permitted()
     done = {(row["workers"], row["network"], row["rate"]) for row in rows if "rate" in row}
     if not any("values" in row for row in rows):
         rows += speeds()

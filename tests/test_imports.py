@@ -40,7 +40,7 @@ MAY = {
     "recipe_file": "papers stages methods allocators run where",
     "origins": "", "key": "origins", "checkpoint": "journal key",
     "where": "draft norms", "statistics": "calibrate draft likelihood methods packed task",
-    "runtime": "activations packed artifact native cores container norms task", "threelc": "codecs",
+    "runtime": "activations packed artifact native cores container journal norms task", "threelc": "codecs",
     "report": "artifact container journal packed structure",
     "notebook": "artifact", "cli_files": "artifact codecs replacing sources targets task_file",
     "cli_errors": "artifact codecs", "cli_pages": "artifact cli_files promise replacing report",

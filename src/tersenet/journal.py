@@ -133,11 +133,18 @@ def cache_folder() -> Path | None:
         return None
 
 
+def held_by_process(kind: str) -> int | None:
+    """Bytes of this process by Linux's word for them, "VmRSS" for now and "VmHWM" for the most; None elsewhere."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(f"{kind}:")).split()[1])
+    return None
+
+
 def memory() -> float | None:
     """The most megabytes of memory that this process has held, where the system says."""
-    with contextlib.suppress(OSError, StopIteration):  # Linux, whose rusage begins at what the parent held
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return round(1.024e-3 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]), 1)
+    if (held := held_by_process("VmHWM")) is not None:  # on Linux rusage begins at what the parent held
+        return round(held / 1e6, 1)
     try:
         import resource
     except ImportError:  # Windows

@@ -18,11 +18,11 @@ from torch import nn
 
 from tersenet import activations
 from tersenet.artifact import Artifact, load
+from tersenet.journal import held_by_process
 from tersenet.runtime.attaching import attached
 from tersenet.task import Task
 
 Found = TypeVar("Found")
-PROCESS = Path("/proc/self")  # where Linux says what this process holds
 ROUNDS, SECONDS = 25, 20.0  # rounds over all networks, fewer where they would take longer
 BATCHES = 1, 32
 
@@ -42,22 +42,16 @@ def first_use(make: Callable[[], nn.Module], run: Callable[[nn.Module], object])
     """
     before = math.nan
     with contextlib.suppress(OSError):  # a system without it, or one that forbids it
-        (PROCESS / "clear_refs").write_text("5")  # from here on VmHWM counts; rusage has the most of the parent in it
-        before = _memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # from here on VmHWM counts; rusage has the most of the parent in it
+        before = held_by_process("VmRSS") or math.nan
     begun = time.perf_counter()
     network = make()
     made = time.perf_counter() - begun
     with torch.inference_mode():
         run(network)
-    return Use(made, time.perf_counter() - begun, _memory("VmHWM") - before)
-
-
-def _memory(kind: str) -> float:
-    """Bytes of this process, nan where the system does not say."""
-    if not PROCESS.exists():
-        return math.nan
-    line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith(kind))
-    return 1024 * float(line.split()[1])
+    return Use(made, time.perf_counter() - begun, (held_by_process("VmHWM") or math.nan) - before)
 
 
 def alone(function: Callable[..., Found], *arguments: Any) -> Found:
