@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
+from augmentation import shifted
 from table import real_data, write
 
 import tersenet as tn
@@ -25,12 +25,6 @@ SETTINGS = {
 }
 LR = {"lenet300": 0.1, "lenet5": 0.02}
 HUFFMAN = tn.Coding(("bits", "huffman", "gaps"))
-
-
-def shifted(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image moved by up to two pixels."""
-    dx, dy = (int(v) for v in torch.randint(-2, 3, (2,), generator=generator))
-    return F.pad(x, (2, 2, 2, 2))[..., 2 + dy : 30 + dy, 2 + dx : 30 + dx]
 
 
 def task_of(name: str) -> tn.Task:

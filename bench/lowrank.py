@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from augmentation import cropped
 from ptq import task_of as agreement
 from table import in_rounds, put, real_data
 from torch import nn
@@ -65,7 +66,7 @@ def cifar(name: str, scored: int = SCORED) -> tn.Task:
     for part, count in (("train", 6000), ("test", scored)):
         images, labels = datasets.load("cifar10", part, count)
         parts[part] = (models.inputs(name, images), torch.from_numpy(labels).long())
-    return tn.Task(models.load(name), **parts)
+    return tn.Task(models.load(name), **parts, augment=cropped)
 
 
 def macs(model: nn.Module, image: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import ptq
 import torch
 import torch.nn.functional as F
-from deep_compression import shifted
+from augmentation import cropped, shifted
 from table import earlier, real_data, write
 
 import tersenet as tn
@@ -69,14 +69,6 @@ class FastResNet(MODELS.ResNet):
 
 
 FAST = {"lenet300": MODELS.LeNet300, "lenet5": FastLeNet5, "resnet20": lambda: FastResNet(20)}
-
-
-def cropped(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Moved by up to four pixels, half of the images mirrored."""
-    dx, dy = (int(v) for v in torch.randint(0, 9, (2,), generator=generator))
-    x = F.pad(x, (4, 4, 4, 4))[..., dy : dy + 32, dx : dx + 32]
-    flip = torch.rand(len(x), generator=generator) < 0.5
-    return torch.where(flip[:, None, None, None], x.flip(3), x)
 
 
 def task_of(name: str, schedule: tn.Schedule, augment=None) -> tn.Task:

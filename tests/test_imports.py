@@ -19,7 +19,7 @@ MAY = {
     "container": "packed codecs cores deferred", "header": "access container packed codecs",
     "access": "container codecs", "decoding": "access container header packed codecs deferred",
     "writing": "container packed codecs",
-    "norms": "container",
+    "norms": "container", "running_statistics": "data task",
     "artifact": "access container header decoding writing packed codecs norms replacing realise deferred dense notebook"
                 " runtime",
     "realise": "artifact chains packed structure task", "chains": "packed", "methods": "packed native codecs cores",
@@ -33,7 +33,7 @@ MAY = {
                     " allocators data likelihood tracing display",
     "stages": "waterfilling draft run budget folding methods calibrate packed task artifact allocators data likelihood"
               " tracing norms structure contract where statistics checkpoint key journal cores bloomier"
-              " splitmix chains teacher activations display",
+              " splitmix chains teacher activations display running_statistics",
     "papers": "stages methods allocators run budget where", "strength": "display allocators artifact budget run",
     "promise": "activations artifact budget calibrate contract draft folding journal likelihood methods packed papers"
                " run stages strength task where display",
@@ -55,7 +55,7 @@ MAY = {
 TORCH = {"realise", "chains", "allocators", "methods", "calibrate", "task", "draft", "run", "folding", "waterfilling",
          "tracing", "stages", "promise", "strength", "threelc", "information", "norms", "data", "likelihood",
          "where", "activations", "statistics", "key", "checkpoint", "task_file", "plan", "teacher",
-         "sequence", "runtime"}  # fmt: skip
+         "sequence", "runtime", "running_statistics"}  # fmt: skip
 
 
 def imports(file: Path):

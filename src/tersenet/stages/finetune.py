@@ -24,6 +24,7 @@ from tersenet.draft import Draft
 from tersenet.likelihood import Likelihood
 from tersenet.norms import folded_norms
 from tersenet.packed import Uniform
+from tersenet.running_statistics import warn_of_other_data
 from tersenet.stages.network import Levels, Network, Partly, Shared
 from tersenet.task import Schedule, Task, duplicate, one_thread
 from tersenet.teacher import Teacher
@@ -61,6 +62,8 @@ def trained(network: Network, task: Task, schedule: Schedule, epochs: range, see
     if len(epochs) and not network.leaves:
         raise ValueError("this stage trains the network, but all of it is frozen or kept: set requires_grad")
     held = folded_norms(before.tensors)
+    if len(epochs) and not isinstance(network, Levels):
+        warn_of_other_data(task, schedule.batch)
     with one_thread():
         optimizer = schedule.optimizer(network.leaves)
         whole = _Whole(quantized(before.model, before.activations).to(task.device).train(), task)
