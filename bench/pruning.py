@@ -17,8 +17,9 @@ from dataclasses import replace
 import numpy as np
 import ptq
 import torch
-import torch.nn.functional as F
 from augmentation import cropped, shifted
+from bfloat16 import FAST
+from bfloat16 import load as quick
 from table import earlier, real_data, write
 
 import tersenet as tn
@@ -52,34 +53,13 @@ ONE_SHOT = {"lenet300": (0.2, 0.1, 0.05, 0.02, 0.01, 0.005), "lenet5": (0.1, 0.0
 SURGERY = {"lenet300": (0.018, 0.9801), "lenet5": (0.009, 0.9909)}  # Dynamic Network Surgery (Guo et al. 2016)
 
 
-class FastLeNet5(MODELS.LeNet5):
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            x = F.max_pool2d(self.conv1(x), 2).contiguous(memory_format=torch.channels_last)
-            x = F.max_pool2d(self.conv2(x), 2)
-            return self.fc2(F.relu(self.fc1(x.flatten(1)))).float()
-
-
-class FastResNet(MODELS.ResNet):
-    def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
-            return super().forward(x.contiguous(memory_format=torch.channels_last)).float()
-
-
-FAST = {"lenet300": MODELS.LeNet300, "lenet5": FastLeNet5, "resnet20": lambda: FastResNet(20)}
-
-
 def task_of(name: str, schedule: tn.Schedule, augment=None) -> tn.Task:
     """The given network; a tenth of the training split is for choosing."""
     split = {}
     for part in ("train", "test"):
         images, labels = DATASETS.load("cifar10" if name.startswith("resnet") else "mnist", part)
         split[part] = (MODELS.inputs(name, images), torch.from_numpy(labels).long())
-    model = FAST[name]()
-    model.load_state_dict(MODELS.load(name).state_dict())
-    return tn.Task(model.eval(), **split, schedule=schedule, augment=augment)
+    return tn.Task(quick(name), **split, schedule=schedule, augment=augment)
 
 
 def scored(draft: Draft, task: tn.Task) -> tuple[int, float]:

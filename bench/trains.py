@@ -147,7 +147,7 @@ def taken() -> Iterator[Row]:
         after = Distill(1, lr=0.01, temperature=3.0)(again, task)
         models.append(realise(task.model, after.tensors).eval())
         found = {
-            "accuracy": before.module(), "norms_again": again.module(), "tuned": models[-1],
+            "accuracy": before.module(), "norms_follow": again.module(), "tuned": models[-1],
         }  # fmt: skip
         scores = {key: round(task.score(task.test, model), 4) for key, model in found.items()}
         rows.append({"method": name, **scores, "bytes": artifact_of(Narrow()(after, None)).nbytes})
