@@ -30,6 +30,11 @@ def test_what_was_sent_and_what_was_left_out_are_the_difference():
     sent = found["w"].numpy() - SENT["w"]
     assert np.allclose(sent.reshape(-1) + residuals["w"].numpy(), difference, atol=1e-6)
     assert all(np.array_equal(found[name].numpy(), LEARNED[name]) for name in "bn")
+    before = residuals["w"].numpy().copy()
+    broken = LEARNED | {"z": np.full(1000, np.nan, np.float32)}
+    with pytest.raises(ValueError, match="z: "):
+        encoded(record(**broken), record(**SENT, z=np.zeros(1000, np.float32)), residuals, 1.0)
+    assert np.array_equal(residuals["w"].numpy(), before)
 
 
 def test_rounds_of_a_client_and_a_server_carry_the_rest_forward():

@@ -63,9 +63,9 @@ class Decoding:
 def encoded(learned: ArrayRecord, sent: ArrayRecord, residuals: ArrayRecord, sparsity: float) -> ArrayRecord:
     """A client's arrays as payloads (uint8) of their differences from what it was sent; changes the residuals.
 
-    Raises ValueError, naming the array, where it holds NaN or infinity.
+    Raises ValueError, naming the array, where it holds NaN or infinity; the residuals stay then.
     """
-    found = ArrayRecord()
+    found, left = ArrayRecord(), dict[str, Array]()
     for name, array in learned.items():
         found[name] = array
         if not _coded(name, sent) or array.dtype != "float32" or array.shape != sent[name].shape:
@@ -76,8 +76,10 @@ def encoded(learned: ArrayRecord, sent: ArrayRecord, residuals: ArrayRecord, spa
             payload = ternary.encode(difference, residual, sparsity)
         except ValueError as wrong:
             raise ValueError(f"{name}: {wrong}") from None
-        residuals[name] = Array(residual)
+        left[name] = Array(residual)
         found[name] = Array(np.frombuffer(payload, np.uint8))
+    for name, rest in left.items():
+        residuals[name] = rest
     return found
 
 
