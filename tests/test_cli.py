@@ -70,6 +70,19 @@ def test_a_network_goes_through_every_command(home):
     assert "deep-compression" in terse("recipes")
 
 
+def test_a_warning_is_one_line(home):
+    norm = TASK.replace("torch.nn.ReLU()", "torch.nn.BatchNorm1d(64), torch.nn.ReLU()")
+    other = norm.replace("return tn.Task(", "task = tn.Task(") + "    task.train[0].mul_(3)\n    return task\n"
+    (home / "other.py").write_text(other)
+    (home / "tune.yaml").write_text("stages: [finetune, narrow]")
+    command = [sys.executable, "-m", "tersenet.cli", "compress", "--task", home / "other.py"]
+    command += ["--recipe", home / "tune.yaml", "-o", home / "b.terse"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (told,) = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert told.startswith("tersenet: warning: 1: the training data give it variances that are ")
+
+
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 TYPES = [*FLOATS, "float8_e4m3fn", "float8_e5m2", "uint8", "uint16", "int64", "bool"]
 

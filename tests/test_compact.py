@@ -87,10 +87,11 @@ def test_what_has_not_the_shape_stays_whole_and_says_so(method, shape):
     assert tree is w or numbers(tree) < w.size
     if tree is w and len(shape) > 2:
         layer = nn.Conv2d(shape[1], shape[0], shape[2:])
-        with pytest.warns(UserWarning, match=f"{type(method).__name__} packs no weight; 0.weight: not of the shape"):
-            draft = Pack(method)(Draft.of_model(nn.Sequential(layer)), None)
+        draft = Pack(method)(Draft.of_model(nn.Sequential(layer, nn.Conv2d(8, 16, 3))), None)
         assert draft.tensors["0.weight"].note == UNFIT and UNFIT in NOTES
         assert artifact_of(draft).to_bytes()
+        with pytest.raises(ValueError, match=r"^0.weight: not of the shape .* nor is any other weight"):
+            Pack(method)(Draft.of_model(nn.Sequential(layer)), None)
 
 
 @pytest.fixture(scope="module")

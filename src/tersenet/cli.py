@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -334,7 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
-        with plain_lines():
+        with plain_lines(), warnings.catch_warnings():
+            warnings.showwarning = _warned
             code = app(arguments, prog_name="terse", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
@@ -350,6 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stop("stopped; no file was left half written", 130)
     if code:
         sys.exit(code)
+
+
+def _warned(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"tersenet: warning: {printable(str(message))}", file=sys.stderr)
 
 
 def _stop(text: str, code: int) -> None:

@@ -1,6 +1,5 @@
 """Pack weights with a method, or round the floats that are left; say in the ledger what stayed dense and why."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -70,10 +69,10 @@ class Pack:
         if self.vectors is not None:
             choices = dict.fromkeys(vectors(draft), ("", self.vectors)) | dict(choices)
         after = repacked(draft, task, choices, self.samples, self.seed)
-        if self.method is not None and choices and all(after.tensors[n].tree is draft.tensors[n].tree for n in choices):
-            name = next(iter(choices))
-            why = after.tensors[name].note.removeprefix("dense: ")
-            warnings.warn(f"{type(self.method).__name__} packs no weight; {name}: {why}", stacklevel=2)
+        unfit = getattr(self.method, "note", "")
+        if unfit and choices and all(after.tensors[name].note == unfit for name in choices):
+            first = f"{next(iter(choices))}: {unfit.removeprefix('dense: ')}"
+            raise ValueError(f"{first}, nor is any other weight: take another recipe")
         return after if self.method is not None else _decided(draft, after)
 
 
