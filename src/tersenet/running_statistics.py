@@ -37,7 +37,7 @@ def held(model: nn.Module, left_out: Container[str] = ()) -> dict[str, Moments]:
 def of_batches(
     model: nn.Module, task: Task, batches: Iterable[Any], left_out: Container[str] = ()
 ) -> dict[str, Moments]:
-    """The mean over batches of their statistics, by norm: those that an input reaches. Those of the model are lost."""
+    """The mean over batches of their statistics, by norm that an input reaches. The model is left with them."""
     found = {name: layer for name, layer in _norms(model.to(task.device).eval()).items() if name not in left_out}
     for layer in found.values():
         layer.reset_running_stats()
@@ -80,7 +80,7 @@ def warn_of_other_data(task: Task, batch: int) -> None:
     worst, name = 0.0, ""
     for norm, moments in trained.items():
         if norm in found:
-            logs = ((found[norm].variance + TINY) / (moments.variance.cpu() + TINY)).log()
+            logs = ((found[norm].variance + TINY) / (moments.variance + TINY)).log()
             apart = float(logs.abs().median())
             worst, name = max((worst, name), (apart, norm))
     if worst > APART:

@@ -42,9 +42,8 @@ def first_use(make: Callable[[], nn.Module], run: Callable[[nn.Module], object])
     """
     before = math.nan
     with contextlib.suppress(OSError):  # a system without it, or one that forbids it
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # from here on VmHWM counts; rusage has the most of the parent in it
+        # From here on VmHWM counts; rusage has the most of the parent in it.
+        Path("/proc/self/clear_refs").write_text("5")
         before = held_by_process("VmRSS") or math.nan
     begun = time.perf_counter()
     network = make()
